@@ -1,0 +1,148 @@
+#include "selectors/families.h"
+#include "selectors/rank_blocks.h"
+#include "selectors/seen_tokens.h"
+#include "selectors/step_logits.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+
+namespace kvtier {
+namespace {
+
+/// The best possible choice at this block size and budget: ranks blocks by the true attention mass
+/// of their far tokens, from a softmax over every visible token (sinks and window included), pooled
+/// by the group reduction as `reduce_token_weights` says. Since blocks are taken greedily, "best"
+/// is exact up to the two blocks that the region's edges cut and the last one that does not fit.
+///
+/// Under `kMean` it pools by the sum: a mean of raw logits is a way to guess mass, not a mass that
+/// a choice could find, and an oracle must be the ceiling of what the selectors are judged by.
+///
+/// Keeps every key; a measuring stick, not a way to save memory.
+class Oracle final : public Selector {
+ public:
+  explicit Oracle(const SelectorShape& shape)
+      : shape_(shape),
+        tokens_(shape.tokens_max),
+        row_bytes_(shape.head_dim * size_of(shape.dtype)),
+        keys_(std::make_unique_for_overwrite<std::byte[]>(std::size_t{shape.kv_heads} *
+                                                          shape.tokens_max * row_bytes_)),
+        logits_(shape, 1, shape.tokens_max),
+        scores_(shape.tokens_max / shape.tokens_per_block + 1),
+        head_scores_(scores_.size()),
+        order_(scores_.size()) {}
+
+  void append(const TokenKeys& keys) override {
+    tokens_.append(keys);
+    for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
+      std::byte* target = key(head, keys.first_position);
+      const std::byte* source = keys.data + head * keys.head_stride_bytes;
+      for (std::uint32_t t = 0; t < keys.tokens; ++t) {
+        std::memcpy(target + t * row_bytes_, source + t * keys.token_stride_bytes, row_bytes_);
+      }
+    }
+  }
+
+  void truncate(std::uint32_t position) override { tokens_.truncate(position); }
+
+  Status select(const SelectRequest& request, std::span<GroupSelection> selection,
+                WorkerPool& pool) override {
+    KVTIER_RETURN_IF_ERROR(check_request(shape_, request));
+    reserve_selection(shape_, selection);
+    const FarRegion region = FarRegion::of(shape_, request.first_position);
+    if (region.tokens() == 0) return {};
+    KVTIER_CHECK(request.first_position + request.query_count <= tokens_.count(),
+                 "{} queries at position {}, {} tokens were appended", request.query_count,
+                 request.first_position, tokens_.count());
+    const std::span scores(scores_.data(), block_count(region, shape_.tokens_per_block));
+    for (std::uint32_t group = 0; group < selection.size(); ++group) {
+      KVTIER_RETURN_IF_ERROR(score_group(request, region, group, scores, pool));
+      rank_blocks({.scores = scores,
+                   .always = {},
+                   .region = region,
+                   .tokens_per_block = shape_.tokens_per_block,
+                   .far_budget_tokens = far_budget_tokens(shape_, request),
+                   .band_tokens = request.band_tokens},
+                  order_, selection[group]);
+    }
+    return {};
+  }
+
+  std::size_t metadata_bytes() const override {
+    return std::size_t{shape_.kv_heads} * tokens_.count() * row_bytes_;
+  }
+
+ private:
+  std::byte* key(std::uint32_t head, std::uint32_t position) {
+    return keys_.get() + (std::size_t{head} * shape_.tokens_max + position) * row_bytes_;
+  }
+
+  /// One KV head at a time: the logits of all tokens are large, and their scratch is shared.
+  Status score_group(const SelectRequest& request, FarRegion region, std::uint32_t group,
+                     std::span<float> scores, WorkerPool& pool) {
+    const std::uint32_t first_head = group * shape_.heads_per_group;
+    for (std::uint32_t i = 0; i < shape_.heads_per_group; ++i) {
+      KVTIER_RETURN_IF_ERROR(weigh_head(request, first_head + i, pool));
+      const bool first = i == 0;
+      const std::span target = first ? scores : std::span(head_scores_.data(), scores.size());
+      reduce_token_weights(logits_.all_rows(0),
+                           std::size_t{request.query_count} * shape_.queries_per_kv_head,
+                           logits_.row_stride(), region, shape_.tokens_per_block, shape_.reduction,
+                           target, request.query_count);
+      if (first) continue;
+      const bool largest = shape_.reduction == GroupReduction::kMax;
+      for (std::size_t b = 0; b < scores.size(); ++b) {
+        scores[b] = largest ? std::max(scores[b], target[b]) : scores[b] + target[b];
+      }
+    }
+    return {};
+  }
+
+  /// Leaves the attention weights of every query of `head` in `logits_`.
+  Status weigh_head(const SelectRequest& request, std::uint32_t head, WorkerPool& pool) {
+    const std::size_t visible = request.first_position + request.query_count;
+    const RowsView rows{key(head, 0), visible, shape_.head_dim, row_bytes_, shape_.dtype};
+    KVTIER_RETURN_IF_ERROR(logits_.compute(request, head, std::span(&rows, 1), pool));
+    for (std::uint32_t q = 0; q < request.query_count; ++q) {
+      for (std::uint32_t h = 0; h < shape_.queries_per_kv_head; ++h) {
+        const std::uint32_t row = q * shape_.queries_per_kv_head + h;
+        // Causality: a draft's earlier query does not see the later tokens.
+        const float lse = softmax_row(logits_.row(0, row, request.first_position + q + 1));
+        if (!all_finite(std::span(&lse, 1))) {
+          return invalid_argument(
+              fmt::format("oracle: logits of KV head {} at position {} overflow float32", head,
+                          request.first_position + q));
+        }
+      }
+    }
+    return {};
+  }
+
+  SelectorShape shape_;
+  SeenTokens tokens_;
+  std::size_t row_bytes_;
+  std::unique_ptr<std::byte[]> keys_;  ///< [KV heads, tokens_max, head_dim]
+  StepLogits logits_;
+  std::vector<float> scores_;
+  std::vector<float> head_scores_;
+  std::vector<std::uint32_t> order_;
+};
+
+}  // namespace
+
+const SelectorFamily& oracle_family() {
+  static const SelectorFamily kFamily = {
+      .name = "oracle",
+      .summary = "true attention mass from all keys: the best possible choice (measuring stick)",
+      .parameters = {},
+      .make = [](const SelectorParameters&) -> Result<SelectorFactory> {
+        return SelectorFactory([](const SelectorShape& shape, LayerIndex) {
+          return Result<std::unique_ptr<Selector>>(std::make_unique<Oracle>(shape));
+        });
+      }};
+  return kFamily;
+}
+
+}  // namespace kvtier
