@@ -1,0 +1,376 @@
+#include "runtime/host_tier.h"
+
+#include "kernels/checksum.h"
+#include "memory/check.h"
+
+#include <algorithm>
+
+namespace kvtier {
+
+HostTier::HostTier(const Parts& parts)
+    : layout_(*parts.layout),
+      table_(*parts.table),
+      map_(*parts.map),
+      engine_(*parts.engine),
+      verify_(parts.verify),
+      counters_(*parts.counters) {
+  seals_.reserve(kSealsMax);
+  seal_spans_.reserve(kSealsMax);
+}
+
+// --- Room.
+
+Status HostTier::make_room() {
+  while (table_.frames_used() == table_.frames()) {
+    const std::optional<ExtentId> victim = table_.choose_victim();
+    if (!victim) {
+      if (!disk_failure_.ok()) return disk_failure_;
+      return no_space(
+          fmt::format("all {} host frames hold extents that have no copy on disk, and all {} places "
+                      "on disk are taken or out of reach; give the host or disk tier more capacity",
+                      table_.frames(), table_.places()));
+    }
+    Extent& extent = table_.row(*victim);
+    if (extent.state == HomeState::kWriting) end_write(*victim);
+    if (extent.state == HomeState::kHost) {
+      table_.keep(*victim);
+      continue;
+    }
+    drop(*victim);
+  }
+  return {};
+}
+
+void HostTier::drop(ExtentId id) {
+  Extent& extent = table_.row(id);
+  if (extent.state == HomeState::kReading) {
+    extent.transfer.cancel();
+    (void)extent.transfer.wait();  // Whatever came of it is not wanted any more.
+    table_.advance(id, HomeEvent::kReadFailed);
+  } else {
+    table_.advance(id, HomeEvent::kDropFrame);
+  }
+  if (extent.prefetched) counters_.prefetch.wasted_bytes += layout_.extent_bytes();
+  extent.prefetched = false;
+  table_.detach_frame(id);
+  ++counters_.host_evictions;
+}
+
+void HostTier::end_write(ExtentId id) {
+  Extent& extent = table_.row(id);
+  const Status written = extent.transfer.wait();
+  if (written.ok()) {
+    table_.advance(id, HomeEvent::kWriteDone);
+    return;
+  }
+  // The frame stays the only home: the data is safe, but the tier below is not what it should be.
+  table_.advance(id, HomeEvent::kWriteFailed);
+  table_.give_back_place(id);
+  ++counters_.disk_writes_failed;
+  if (disk_failure_.ok() && written.code() == StatusCode::kNoSpace) disk_failure_ = written;
+}
+
+void HostTier::settle_write(ExtentId id) {
+  if (table_.row(id).state != HomeState::kWriting) return;
+  end_write(id);
+  if (table_.row(id).state == HomeState::kHost) table_.hold_frame(id);
+}
+
+void HostTier::settle_writes() {
+  for (std::uint32_t row = 0; row < table_.frames() + table_.places(); ++row) {
+    settle_write(ExtentId{row});
+  }
+}
+
+// --- Writing through.
+
+Result<ExtentId> HostTier::create(const ExtentOwner& owner) {
+  KVTIER_RETURN_IF_ERROR(make_room());
+  const std::optional<FrameId> frame = table_.take_free_frame();
+  KVTIER_CHECK(frame.has_value(), "room was made and none is there");
+  const std::optional<ExtentId> id = table_.create(owner, *frame);
+  KVTIER_CHECK(id.has_value(), "a frame without a row");
+  return *id;
+}
+
+Status HostTier::write_through(BlockId id, SlotId slot) {
+  if (seals_.size() == kSealsMax) KVTIER_RETURN_IF_ERROR(settle());
+  const std::span<const std::byte> payload(map_.address(slot), layout_.payload_bytes());
+  const BlockIdentity identity = table_.identity(id);
+  const Generation generation = table_.generation(id);
+  ExtentHeader header = table_.header(layout_.extent_of(id));
+  header.set_entry(layout_.place_of(id),
+                   {.identity = identity,
+                    .generation = generation,
+                    .length_bytes = static_cast<std::uint32_t>(layout_.payload_bytes()),
+                    .checksum = block_checksum(payload, identity, generation)});
+  table_.set_damaged(id, false);
+  map_.hold(slot);
+  seals_.push_back({id, slot});
+  seal_spans_.push_back({.source = map_.address(slot),
+                         .target = table_.block_bytes(id).data(),
+                         .bytes = layout_.block_bytes()});
+  return {};
+}
+
+Status HostTier::copy_seals() {
+  if (seal_spans_.empty()) return {};
+  KVTIER_ASSIGN_OR_RETURN(Transfer transfer, engine_.submit({.route = Route::kDeviceToHost,
+                                                             .spans = seal_spans_}));
+  return transfer.wait();
+}
+
+Status HostTier::settle() {
+  Status status;
+  for (int attempt = 0; attempt < kCopyAttempts && !seals_.empty(); ++attempt) {
+    status = copy_seals();
+    if (status.code() == StatusCode::kCancelled || status.code() == StatusCode::kBusy) break;
+    // What arrived intact is settled; the rest is copied again.
+    std::size_t kept = 0;
+    for (std::size_t i = 0; i < seals_.size(); ++i) {
+      BlockCheck checked;
+      if (status.ok() && verify_ == VerifyMode::kAll) {
+        checked = check(seals_[i].block, seal_spans_[i].target);
+        ++counters_.verification.verified;
+        if (!checked.ok) ++counters_.verification.mismatched;
+      }
+      if (status.ok() && checked.ok) {
+        if (attempt > 0) ++counters_.verification.recovered;
+        map_.unhold(seals_[i].slot);
+        continue;
+      }
+      seals_[kept] = seals_[i];
+      seal_spans_[kept++] = seal_spans_[i];
+    }
+    seals_.resize(kept);
+    seal_spans_.resize(kept);
+  }
+  if (seals_.empty()) return {};
+  const BlockId lost = seals_.front().block;
+  counters_.verification.failed += seals_.size();
+  for (const Seal& seal : seals_) {
+    table_.set_damaged(seal.block, true);
+    map_.unhold(seal.slot);
+  }
+  seals_.clear();
+  seal_spans_.clear();
+  if (!status.ok()) return status;
+  return corrupt(describe(lost, Tier::kHost, StatusCode::kCorrupt,
+                          check(lost, table_.block_bytes(lost).data()),
+                          "damaged on the way from the device")
+                     .message);
+}
+
+Status HostTier::complete(ExtentId id) {
+  KVTIER_RETURN_IF_ERROR(settle());
+  table_.advance(id, HomeEvent::kComplete);
+  if (!table_.take_place(id)) return {};
+  if (verify_ == VerifyMode::kAll) {
+    for (std::uint32_t place = 0; place < layout_.blocks_per_extent(); ++place) {
+      const BlockId block = layout_.block_id(id, place);
+      const BlockCheck checked = check(block, table_.block_bytes(block).data());
+      ++counters_.verification.verified;
+      if (checked.ok) continue;
+      ++counters_.verification.mismatched;
+      table_.set_damaged(block, true);
+    }
+  }
+  table_.header(id).seal();
+  Extent& extent = table_.row(id);
+  Result<Transfer> transfer = engine_.submit({.route = Route::kHostToDisk,
+                                              .priority = Priority::kWriteBack,
+                                              .offset = table_.disk_offset(id),
+                                              .buffer = table_.frame_bytes(extent.frame)});
+  if (!transfer.ok()) {
+    table_.give_back_place(id);
+    return transfer.status();
+  }
+  extent.transfer = std::move(*transfer);
+  table_.advance(id, HomeEvent::kStartWrite);
+  table_.unhold_frame(id);
+  return disk_failure_;
+}
+
+// --- Reading.
+
+Status HostTier::submit_read(ExtentId id, Priority priority) {
+  Extent& extent = table_.row(id);
+  KVTIER_ASSIGN_OR_RETURN(extent.transfer,
+                          engine_.submit({.route = Route::kDiskToHost,
+                                          .priority = priority,
+                                          .offset = table_.disk_offset(id),
+                                          .buffer = table_.frame_bytes(extent.frame)}));
+  return {};
+}
+
+Status HostTier::start_read(ExtentId id, Priority priority) {
+  Extent& extent = table_.row(id);
+  if (extent.state == HomeState::kBoth) {
+    // Damaged in its frame: read over it.
+    table_.advance(id, HomeEvent::kDropFrame);
+  } else {
+    KVTIER_RETURN_IF_ERROR(make_room());
+    const std::optional<FrameId> frame = table_.take_free_frame();
+    KVTIER_CHECK(frame.has_value(), "room was made and none is there");
+    table_.admit(id, *frame);
+  }
+  table_.advance(id, HomeEvent::kStartRead);
+  const Status submitted = submit_read(id, priority);
+  if (submitted.ok()) return {};
+  table_.advance(id, HomeEvent::kReadFailed);
+  table_.lose_frame(id);
+  return submitted;
+}
+
+BlockCheck HostTier::check(BlockId id, const std::byte* bytes) const {
+  if (verify_ == VerifyMode::kNone) return {};
+  const ExtentEntry entry = table_.header(layout_.extent_of(id)).entry(layout_.place_of(id));
+  BlockCheck checked;
+  checked.expected = entry.checksum;
+  checked.found = block_checksum({bytes, layout_.payload_bytes()}, table_.identity(id),
+                                 table_.generation(id));
+  checked.ok = checked.expected == checked.found && entry.length_bytes == layout_.payload_bytes();
+  return checked;
+}
+
+Status HostTier::verify_arrival(ExtentId id) {
+  if (verify_ == VerifyMode::kNone) return {};
+  const Extent& extent = table_.row(id);
+  const Status header = table_.header(id).verify();
+  if (!header.ok()) {
+    counters_.verification.mismatched += extent.sealed;
+    return header;
+  }
+  for (std::uint32_t place = 0; place < extent.sealed; ++place) {
+    const BlockId block = layout_.block_id(id, place);
+    const bool ok = check(block, table_.block_bytes(block).data()).ok;
+    ++counters_.verification.verified;
+    table_.set_damaged(block, !ok);
+    if (ok) continue;
+    ++counters_.verification.mismatched;
+    repair_from_device(block);
+  }
+  return {};
+}
+
+// A damaged block that the device still has is copied back from there: the one case in which a
+// cache outlives its home.
+void HostTier::repair_from_device(BlockId id) {
+  if (map_.state(id) != ResidencyState::kResident) return;
+  const std::byte* copy = map_.address(map_.find(id));
+  if (!check(id, copy).ok) return;
+  const CopySpan span{.source = copy,
+                      .target = table_.block_bytes(id).data(),
+                      .bytes = layout_.block_bytes()};
+  Result<Transfer> transfer = engine_.submit({.route = Route::kDeviceToHost, .spans = {&span, 1}});
+  if (!transfer.ok() || !transfer->wait().ok() || !check(id, span.target).ok) return;
+  table_.set_damaged(id, false);
+  ++counters_.verification.recovered;
+}
+
+std::uint32_t HostTier::count_damaged(std::span<const BlockId> wanted) const {
+  return static_cast<std::uint32_t>(std::count_if(
+      wanted.begin(), wanted.end(), [this](BlockId id) { return table_.is_damaged(id); }));
+}
+
+void HostTier::finish_read(ExtentId id, std::span<const BlockId> wanted,
+                           std::vector<BlockFailure>& failures) {
+  Extent& extent = table_.row(id);
+  std::uint32_t worst = 0;
+  Status status;
+  for (int attempt = 1;; ++attempt) {
+    const TransferState state = extent.transfer.poll();
+    if (state == TransferState::kQueued || state == TransferState::kInFlight) ++counters_.waits;
+    status = extent.transfer.wait();
+    if (status.ok()) status = verify_arrival(id);
+    const auto damaged =
+        status.ok() ? count_damaged(wanted) : static_cast<std::uint32_t>(wanted.size());
+    worst = std::max(worst, damaged);
+    if (status.ok() && damaged == 0) {
+      counters_.verification.recovered += worst;
+      break;
+    }
+    if (attempt == kReadAttempts) break;
+    ++counters_.disk_reads_repeated;
+    const Status submitted = submit_read(id, Priority::kDemand);
+    if (!submitted.ok()) {
+      status = submitted;
+      break;
+    }
+  }
+  if (!status.ok()) {
+    give_up(id, wanted, status, failures);
+    return;
+  }
+  table_.advance(id, HomeEvent::kReadDone);
+  const std::uint32_t left = count_damaged(wanted);
+  counters_.verification.recovered += left == 0 ? 0 : worst - left;
+  for (BlockId block : wanted) {
+    if (!table_.is_damaged(block)) continue;
+    ++counters_.verification.failed;
+    failures.push_back(describe(block, Tier::kDisk, StatusCode::kCorrupt,
+                                check(block, table_.block_bytes(block).data()),
+                                "no other tier holds it"));
+  }
+}
+
+void HostTier::give_up(ExtentId id, std::span<const BlockId> wanted, const Status& status,
+                       std::vector<BlockFailure>& failures) {
+  for (BlockId block : wanted) {
+    ++counters_.verification.failed;
+    failures.push_back(describe(block, Tier::kDisk, status.code(), {}, status.message()));
+  }
+  table_.advance(id, HomeEvent::kReadFailed);
+  table_.lose_frame(id);
+}
+
+BlockFailure HostTier::describe(BlockId id, Tier tier, StatusCode code, const BlockCheck& check,
+                                std::string_view reason) const {
+  const BlockIdentity identity = table_.identity(id);
+  const Generation generation = table_.generation(id);
+  BlockFailure failure{.tier = tier,
+                       .identity = identity,
+                       .generation = generation,
+                       .code = code,
+                       .checksum_expected = check.expected,
+                       .checksum_found = check.found,
+                       .message = {}};
+  failure.message = fmt::format(
+      "{}: block {} of layer {}, head group {}, generation {}, origin {:016x}{:016x}: checksum "
+      "expected {:016x}, found {:016x}: {}",
+      to_string(tier), identity.index.value, identity.layer.value, identity.head_group.value,
+      generation.value, identity.origin.high, identity.origin.low, check.expected, check.found,
+      reason);
+  return failure;
+}
+
+// --- Ending.
+
+void HostTier::release(ExtentId id) {
+  Extent& extent = table_.row(id);
+  if (extent.state == HomeState::kWriting) end_write(id);
+  if (extent.state == HomeState::kReading) {
+    extent.transfer.cancel();
+    (void)extent.transfer.wait();
+    table_.advance(id, HomeEvent::kReadFailed);
+  }
+  if (extent.prefetched) counters_.prefetch.wasted_bytes += layout_.extent_bytes();
+  extent.prefetched = false;
+  table_.release(id);
+}
+
+void HostTier::reopen(ExtentId id, std::uint32_t first_cut) {
+  Extent& extent = table_.row(id);
+  settle_write(id);
+  // Without a copy on disk that counts, the frame must stay: kBoth was free to go until now.
+  if (extent.state == HomeState::kBoth) table_.hold_frame(id);
+  table_.advance(id, HomeEvent::kReopen);
+  table_.give_back_place(id);
+  ExtentHeader header = table_.header(id);
+  for (std::uint32_t place = first_cut; place < extent.sealed; ++place) header.clear_entry(place);
+  extent.sealed = std::min(extent.sealed, first_cut);
+  if (extent.prefetched) counters_.prefetch.useful_bytes += layout_.extent_bytes();
+  extent.prefetched = false;
+}
+
+}  // namespace kvtier

@@ -1,0 +1,131 @@
+#pragma once
+
+#include "memory/block_layout.h"
+#include "runtime/block_failure.h"
+#include "runtime/block_table.h"
+#include "runtime/device_map.h"
+#include "runtime/options.h"
+#include "runtime/stats.h"
+#include "transfer/transfer_engine.h"
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+namespace kvtier {
+
+/// What the movers count; part of `RuntimeStats`.
+struct MoverCounters {
+  VerificationStats verification;
+  PrefetchStats prefetch;
+  std::uint64_t host_evictions = 0;
+  std::uint64_t disk_reads_repeated = 0;
+  std::uint64_t disk_writes_failed = 0;
+  /// Transfers that were not in when they were needed, since the counter was last reset.
+  std::uint32_t waits = 0;
+};
+
+/// Checks one block's bytes against the checksum recorded when it sealed.
+struct BlockCheck {
+  bool ok = true;
+  std::uint64_t expected = 0;
+  std::uint64_t found = 0;
+};
+
+/// Moves extents between host frames and disk, and sealed blocks into their frames; verifies what
+/// arrives. Carries out what `BlockTable` records; decides nothing but which damaged bytes to read
+/// again.
+///
+/// One thread at a time. Allocates only when made, and to describe failures. Which calls wait is
+/// said at each.
+class HostTier {
+ public:
+  /// Reads of one extent before its blocks are given up.
+  static constexpr int kReadAttempts = 3;
+  /// Copies of one block over the link before it is given up.
+  static constexpr int kCopyAttempts = 3;
+  /// Sealed blocks that are copied to their frames at once.
+  static constexpr std::size_t kSealsMax = 64;
+
+  struct Parts {
+    const BlockLayout* layout;
+    BlockTable* table;
+    DeviceMap* map;
+    TransferEngine* engine;
+    VerifyMode verify;
+    MoverCounters* counters;
+  };
+  explicit HostTier(const Parts& parts);
+
+  // --- Writing through.
+
+  /// A new extent in a fresh frame. `no_space` when nothing can be dropped. May wait for a write or
+  /// a read that occupies the frame chosen.
+  Result<ExtentId> create(const ExtentOwner& owner);
+  /// Records a sealed block; its bytes are copied from its slot to its frame by the next `settle`,
+  /// which this calls when `kSealsMax` blocks wait. The slot is held until then.
+  Status write_through(BlockId id, SlotId slot);
+  /// Copies what `write_through` recorded and waits for it.
+  Status settle();
+  /// Every block of the extent is sealed: settles, and starts writing it to disk where a place is
+  /// left there.
+  Status complete(ExtentId id);
+  /// The first failure of a disk write that took data's second home away; sticky.
+  const Status& disk_failure() const { return disk_failure_; }
+
+  // --- Reading.
+
+  /// Starts reading an extent from disk into a frame. May wait for another to leave.
+  Status start_read(ExtentId id, Priority priority);
+  /// Waits until the extent is in its frame and every block of it is verified. Reads again while a
+  /// block of `wanted` (all of this extent) is damaged, then adds what cannot be had to `failures`.
+  void finish_read(ExtentId id, std::span<const BlockId> wanted,
+                   std::vector<BlockFailure>& failures);
+
+  /// Checks the copy of a block that stands at `bytes` against the header in its frame.
+  BlockCheck check(BlockId id, const std::byte* bytes) const;
+  BlockFailure describe(BlockId id, Tier tier, StatusCode code, const BlockCheck& check,
+                        std::string_view reason) const;
+
+  // --- Ending.
+
+  /// Waits for whatever moves the extent and gives it up: row, frame and place.
+  void release(ExtentId id);
+  /// Makes a complete extent a filling one again whose places from `first_cut` on are empty. It is
+  /// in a frame; waits for a write under way.
+  void reopen(ExtentId id, std::uint32_t first_cut);
+  /// Waits for the extent's write, if one is under way.
+  void settle_write(ExtentId id);
+  /// Waits for every write under way.
+  void settle_writes();
+
+ private:
+  Status make_room();
+  void drop(ExtentId id);
+  void end_write(ExtentId id);
+  Status submit_read(ExtentId id, Priority priority);
+  /// Verifies header and blocks of what just arrived; marks the damaged ones.
+  Status verify_arrival(ExtentId id);
+  void repair_from_device(BlockId id);
+  std::uint32_t count_damaged(std::span<const BlockId> wanted) const;
+  void give_up(ExtentId id, std::span<const BlockId> wanted, const Status& status,
+               std::vector<BlockFailure>& failures);
+
+  struct Seal {
+    BlockId block;
+    SlotId slot;
+  };
+  Status copy_seals();
+
+  BlockLayout layout_;
+  BlockTable& table_;
+  DeviceMap& map_;
+  TransferEngine& engine_;
+  VerifyMode verify_;
+  MoverCounters& counters_;
+  Status disk_failure_;
+  std::vector<Seal> seals_;
+  std::vector<CopySpan> seal_spans_;
+};
+
+}  // namespace kvtier

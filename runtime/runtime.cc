@@ -1,0 +1,239 @@
+#include "runtime/runtime.h"
+
+#include "memory/check.h"
+#include "runtime/runtime_state.h"
+#include "runtime/sequence_state.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace kvtier {
+namespace {
+
+constexpr std::uint64_t ceil_divide(std::uint64_t a, std::uint64_t b) { return (a + b - 1) / b; }
+
+Status check_options(const RuntimeOptions& options) {
+  if (options.layers == 0) return invalid_argument("layers is 0, expected at least 1");
+  if (options.tokens_max == 0) return invalid_argument("tokens_max is 0, expected at least 1");
+  if (options.sequences_max == 0) return invalid_argument("sequences_max is 0, expected at least 1");
+  if (!options.selector) return invalid_argument("no selector is given");
+  if (options.query_heads == 0 || options.query_heads % options.block.kv_heads != 0) {
+    return invalid_argument(fmt::format("query_heads is {}, expected a multiple of kv_heads {}",
+                                        options.query_heads, options.block.kv_heads));
+  }
+  if (options.query_heads / options.block.kv_heads > 16) {
+    return invalid_argument(fmt::format("{} query heads per KV head, expected at most 16",
+                                        options.query_heads / options.block.kv_heads));
+  }
+  const std::size_t logits = options.sink_logits.size();
+  if (logits != 0 && logits != std::size_t{options.layers} * options.query_heads) {
+    return invalid_argument(fmt::format("sink_logits has {} entries, expected {} x {}", logits,
+                                        options.layers, options.query_heads));
+  }
+  return {};
+}
+
+// Slots that one stream (sequence, layer, head group) holds on to whatever happens: sinks, a window
+// that starts anywhere in a block, and the open tail.
+std::uint64_t held_slots_per_stream(const RuntimeOptions& options, const BlockLayout& layout) {
+  const std::uint64_t tokens = layout.tokens_per_block();
+  const std::uint64_t held =
+      ceil_divide(options.sinks, tokens) + ceil_divide(options.window, tokens) + 2;
+  return std::min<std::uint64_t>(held, ceil_divide(options.tokens_max, tokens));
+}
+
+RuntimeNeeds compute_needs(const RuntimeOptions& options, const BlockLayout& layout) {
+  const std::uint64_t streams =
+      std::uint64_t{options.sequences_max} * options.layers * layout.head_groups();
+  const std::uint64_t chunk = std::max(1u, kAttentionTileTokens / layout.tokens_per_block());
+  RuntimeNeeds needs;
+  needs.device_bytes =
+      (streams * held_slots_per_stream(options, layout) + chunk) * layout.block_bytes();
+  // One extent being filled per stream, one being read and one being looked into.
+  needs.host_bytes = (streams + 2) * layout.extent_bytes();
+  needs.extent_bytes_total = streams *
+                             ceil_divide(options.tokens_max, layout.tokens_per_extent()) *
+                             layout.extent_bytes();
+  return needs;
+}
+
+Status check_capacities(const RuntimeOptions& options, const BlockLayout& layout) {
+  const RuntimeNeeds needs = compute_needs(options, layout);
+  if (options.device_capacity_bytes < needs.device_bytes) {
+    return invalid_argument(fmt::format(
+        "device capacity is {} bytes, but one step needs {} (sinks, window and tail of every layer "
+        "and head group, and one chunk of selected blocks)",
+        options.device_capacity_bytes, needs.device_bytes));
+  }
+  if (options.host_capacity_bytes < needs.host_bytes) {
+    return invalid_argument(fmt::format(
+        "host capacity is {} bytes, but one step needs {} (an extent of {} bytes being filled for "
+        "every layer and head group, and two being read)",
+        options.host_capacity_bytes, needs.host_bytes, layout.extent_bytes()));
+  }
+  return {};
+}
+
+SelectorShape make_selector_shape(const RuntimeOptions& options) {
+  return {.dtype = options.block.dtype,
+          .kv_heads = options.block.kv_heads,
+          .heads_per_group = options.block.kv_heads_per_block,
+          .queries_per_kv_head = options.query_heads / options.block.kv_heads,
+          .head_dim = options.block.head_dim,
+          .tokens_per_block = options.block.tokens_per_block,
+          .sinks = options.sinks,
+          .window = options.window,
+          .softmax = options.softmax,
+          .reduction = options.reduction,
+          .seed = options.seed,
+          .tokens_max = options.tokens_max};
+}
+
+}  // namespace
+
+// --- Opening.
+
+Result<RuntimeNeeds> Runtime::needs(const RuntimeOptions& options) {
+  KVTIER_RETURN_IF_ERROR(check_options(options));
+  KVTIER_ASSIGN_OR_RETURN(const BlockLayout layout, BlockLayout::make(options.block));
+  return compute_needs(options, layout);
+}
+
+Result<std::unique_ptr<Runtime>> Runtime::open(const RuntimeOptions& options,
+                                               const Environment& environment) {
+  KVTIER_CHECK(environment.clock && environment.device && environment.link,
+               "a runtime needs a clock, a device and a link");
+  KVTIER_RETURN_IF_ERROR(check_options(options));
+  KVTIER_ASSIGN_OR_RETURN(BlockLayout layout, BlockLayout::make(options.block));
+  KVTIER_RETURN_IF_ERROR(check_capacities(options, layout));
+  const std::uint64_t places = options.disk_capacity_bytes / layout.extent_bytes();
+  if (places > 0 && (environment.disk == nullptr ||
+                     environment.disk->size_bytes() < places * layout.extent_bytes())) {
+    return invalid_argument(fmt::format(
+        "disk capacity is {} bytes, but the file has {}", options.disk_capacity_bytes,
+        environment.disk == nullptr ? 0 : environment.disk->size_bytes()));
+  }
+  const std::size_t slab_bytes =
+      options.device_capacity_bytes / layout.block_bytes() * layout.block_bytes();
+  const std::size_t frame_bytes =
+      options.host_capacity_bytes / layout.extent_bytes() * layout.extent_bytes();
+  KVTIER_ASSIGN_OR_RETURN(Region slab, environment.device->allocate_slab(slab_bytes));
+  KVTIER_ASSIGN_OR_RETURN(Region frames, environment.device->allocate_frames(frame_bytes));
+
+  const auto slots = static_cast<std::uint32_t>(slab_bytes / layout.block_bytes());
+  const auto frame_count = static_cast<std::uint32_t>(frame_bytes / layout.extent_bytes());
+  KVTIER_ASSIGN_OR_RETURN(auto slot_policy, make_eviction_policy(options.eviction, slots));
+  KVTIER_ASSIGN_OR_RETURN(auto frame_policy, make_eviction_policy(options.eviction, frame_count));
+
+  if (places > 0) {
+    const std::span<std::byte> range = frames.bytes();
+    KVTIER_RETURN_IF_ERROR(environment.disk->register_buffers({&range, 1}));
+  }
+  TransferEngine::Options engine_options;
+  engine_options.max_transfers = 2 * frame_count + 64;
+  engine_options.threads = options.transfer_threads;
+  engine_options.timeline = environment.timeline;
+  KVTIER_ASSIGN_OR_RETURN(auto engine,
+                          TransferEngine::open(engine_options, *environment.clock,
+                                               places > 0 ? environment.disk : nullptr,
+                                               environment.link));
+
+  auto state = std::make_unique<State>(State{.options = options,
+                                             .environment = environment,
+                                             .layout = layout,
+                                             .selector_shape = make_selector_shape(options),
+                                             .slab = std::move(slab),
+                                             .frames = std::move(frames),
+                                             .engine = std::move(engine)});
+  State& s = *state;
+  s.table = std::make_unique<BlockTable>(layout, s.frames.bytes(),
+                                         static_cast<std::uint32_t>(places),
+                                         std::move(frame_policy));
+  const std::uint64_t blocks = (frame_count + places) * layout.blocks_per_extent();
+  s.map = std::make_unique<DeviceMap>(layout, s.slab.bytes(), blocks, std::move(slot_policy));
+  s.host = std::make_unique<HostTier>(HostTier::Parts{&s.layout, s.table.get(), s.map.get(),
+                                                      s.engine.get(), options.verify,
+                                                      &s.counters});
+  s.look_ahead = std::make_unique<LookAhead>(
+      LookAhead::Parts{&s.layout, s.table.get(), s.map.get(), s.host.get(), &s.counters},
+      places > 0 ? options.look_ahead_bytes : 0);
+  for (auto& wave : s.waves) {
+    wave = std::make_unique<WaveFetch>(
+        WaveFetch::Parts{&s.layout, s.table.get(), s.map.get(), s.host.get(), s.engine.get(),
+                         options.verify, &s.counters},
+        slots);
+  }
+  return std::unique_ptr<Runtime>(new Runtime(std::move(state)));
+}
+
+Runtime::Runtime(std::unique_ptr<State> state) : state_(std::move(state)) {}
+
+Runtime::~Runtime() {
+  KVTIER_CHECK(state_->closed, "a runtime is destroyed that was not closed");
+}
+
+const BlockLayout& Runtime::layout() const { return state_->layout; }
+
+// --- Living.
+
+Result<std::unique_ptr<Sequence>> Runtime::create_sequence(Origin origin) {
+  State& s = *state_;
+  if (s.sequences_open == s.options.sequences_max) {
+    return no_space(fmt::format("{} sequences are open, as many as sequences_max allows",
+                                s.sequences_open));
+  }
+  KVTIER_ASSIGN_OR_RETURN(auto state, Sequence::State::make(s, SequenceId{s.sequences_made}, origin));
+  ++s.sequences_open;
+  ++s.sequences_made;
+  return std::unique_ptr<Sequence>(new Sequence(std::move(state)));
+}
+
+RuntimeStats Runtime::stats() const {
+  const State& s = *state_;
+  const std::uint64_t block = s.layout.block_bytes();
+  const std::uint64_t extent = s.layout.extent_bytes();
+  RuntimeStats stats;
+  stats.tiers[static_cast<int>(Tier::kDevice)] = {.capacity_bytes = s.options.device_capacity_bytes,
+                                                  .used_bytes = s.map->slots_used() * block,
+                                                  .peak_bytes = s.map->slots_peak() * block,
+                                                  .hits = s.hits[0],
+                                                  .held_hits = s.held_hits,
+                                                  .evictions = s.map->evictions()};
+  stats.tiers[static_cast<int>(Tier::kHost)] = {.capacity_bytes = s.options.host_capacity_bytes,
+                                                .used_bytes = s.table->frames_used() * extent,
+                                                .peak_bytes = s.table->frames_peak() * extent,
+                                                .hits = s.hits[1],
+                                                .held_hits = 0,
+                                                .evictions = s.counters.host_evictions};
+  stats.tiers[static_cast<int>(Tier::kDisk)] = {.capacity_bytes = s.options.disk_capacity_bytes,
+                                                .used_bytes = s.table->places_used() * extent,
+                                                .peak_bytes = s.table->places_peak() * extent,
+                                                .hits = s.hits[2],
+                                                .held_hits = 0,
+                                                .evictions = 0};
+  for (int route = 0; route < kRouteCount; ++route) {
+    stats.routes[static_cast<std::size_t>(route)] = s.engine->stats(static_cast<Route>(route));
+  }
+  stats.verification = s.counters.verification;
+  stats.prefetch = s.counters.prefetch;
+  stats.metadata_bytes = s.metadata_bytes_peak;
+  stats.steps = s.steps;
+  stats.waves = s.wave_count;
+  stats.disk_reads_repeated = s.counters.disk_reads_repeated;
+  stats.disk_writes_failed = s.counters.disk_writes_failed;
+  stats.slab = s.slab.stats();
+  stats.frames = s.frames.stats();
+  return stats;
+}
+
+Status Runtime::close() {
+  State& s = *state_;
+  KVTIER_CHECK(!s.closed, "a runtime is closed twice");
+  KVTIER_CHECK(s.sequences_open == 0, "{} sequences are still open", s.sequences_open);
+  s.closed = true;
+  const Status drained = s.engine->close();
+  if (!drained.ok()) return drained;
+  return s.host->disk_failure();
+}
+
+}  // namespace kvtier

@@ -1,0 +1,151 @@
+#pragma once
+
+#include "memory/clock.h"
+#include "memory/timeline.h"
+#include "runtime/block_failure.h"
+#include "runtime/device.h"
+#include "runtime/options.h"
+#include "runtime/stats.h"
+#include "transfer/file.h"
+#include "transfer/link.h"
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+namespace kvtier {
+
+/// The world a runtime runs in: real, simulated or faulty. Everything outlives the runtime.
+struct Environment {
+  const Clock* clock = nullptr;
+  Device* device = nullptr;
+  Link* link = nullptr;
+  File* disk = nullptr;  ///< Null when `disk_capacity_bytes` is 0.
+  Timeline* timeline = nullptr;
+};
+
+/// Keys and values of consecutive new tokens of one layer, in the runtime's dtype. View.
+struct TokenRows {
+  /// Key of token t, KV head h: keys + t * key_token_stride + h * key_head_stride (bytes).
+  const std::byte* keys = nullptr;
+  const std::byte* values = nullptr;
+  std::size_t key_token_stride = 0;
+  std::size_t key_head_stride = 0;
+  std::size_t value_token_stride = 0;
+  std::size_t value_head_stride = 0;
+  std::uint32_t tokens = 0;
+};
+
+/// One layer's question: attention of the last `query_count` tokens over what is selected.
+struct StepRequest {
+  LayerIndex layer;
+  /// [query_count, query_heads, head_dim], float32, contiguous. Query i belongs to token
+  /// `tokens - query_count + i` and sees every token up to and including its own.
+  const float* queries = nullptr;
+  std::uint32_t query_count = 1;
+  /// Tokens attended per head group: sinks, window and selected ones.
+  std::uint32_t budget_tokens = 0;
+  float* out = nullptr;  ///< [query_count, query_heads, value_dim]; NaN after a failed step.
+  float* lse = nullptr;  ///< [query_count, query_heads], natural log; NaN after a failed step.
+};
+
+/// Tokens that were attended: of one head group and one block.
+struct AttendedRange {
+  HeadGroup head_group;
+  BlockIndex block;
+  std::uint32_t first_token = 0;  ///< Within the block.
+  std::uint32_t tokens = 0;
+};
+
+/// What a step did. Views into the sequence, valid until its next call.
+struct StepReport {
+  std::span<const AttendedRange> attended;   ///< By head group, then block.
+  std::span<const BlockFailure> failures;    ///< Empty when the step succeeded.
+  std::uint32_t attended_tokens_max = 0;     ///< Largest head group.
+  std::uint64_t attended_tokens_total = 0;   ///< Over the head groups.
+  StepTiming timing;
+};
+
+class Sequence;
+
+/// Decodes over KV blocks that live on three tiers.
+///
+/// Owns the slab, the frames, the tables and the transfer engine; borrows the environment. All
+/// memory is taken by `open`. One thread at a time for the runtime and all its sequences.
+class Runtime {
+ public:
+  /// `invalid_argument` names the option that is wrong, and the least bytes that would do where a
+  /// capacity is too small; `no_space` when the system has not the memory.
+  static Result<std::unique_ptr<Runtime>> open(const RuntimeOptions& options,
+                                               const Environment& environment);
+  /// What `open` would insist on for these options; capacities in them are ignored.
+  static Result<RuntimeNeeds> needs(const RuntimeOptions& options);
+
+  ~Runtime();
+  Runtime(const Runtime&) = delete;
+  Runtime& operator=(const Runtime&) = delete;
+
+  const BlockLayout& layout() const;
+
+  /// Starts an empty sequence. `origin` names its content: two sequences with one origin must have
+  /// the same tokens. `no_space` when `sequences_max` are open.
+  Result<std::unique_ptr<Sequence>> create_sequence(Origin origin);
+
+  /// Counters so far. Finished transfers only; call when no step is running.
+  RuntimeStats stats() const;
+
+  /// Ends all transfers and writes, closes the transfer engine. Every sequence is closed before.
+  /// Returns the first failure of a disk write that nobody has been told of.
+  Status close();
+
+ private:
+  friend class Sequence;
+  struct State;
+  explicit Runtime(std::unique_ptr<State> state);
+  std::unique_ptr<State> state_;
+};
+
+/// One request's tokens. Made by a runtime, closed before it; one thread at a time.
+class Sequence {
+ public:
+  ~Sequence();
+  Sequence(const Sequence&) = delete;
+  Sequence& operator=(const Sequence&) = delete;
+
+  /// Tokens appended to a layer so far.
+  std::uint32_t tokens(LayerIndex layer) const;
+
+  /// Appends to the open tail block of a layer; each block that fills is sealed: checksummed and
+  /// written through to its host frame, and to disk once its extent is complete. Any chunking gives
+  /// the same state. Copies the rows; no allocation.
+  /// `invalid_argument` beyond `tokens_max`; `no_space` when host and disk are full (nothing of
+  /// what was sealed is lost, the tokens before the refused block stay appended).
+  Status append(LayerIndex layer, const TokenRows& rows);
+
+  /// Forgets the tokens from `tokens` on in every layer: a rejected draft, a retry. A sealed block
+  /// that is cut is reopened under its next generation; it is fetched first where it is not
+  /// resident, and the call fails like a step if it cannot be had.
+  Status truncate(std::uint32_t tokens);
+
+  /// Selects, resolves, fetches and attends: `request.out` and `request.lse` hold exact attention
+  /// over the attended tokens. Residency changes only here and in `append`, as a function of the
+  /// calls. Waits for bytes that are on their way.
+  ///
+  /// `corrupt` or `io_error` when a wanted block could not be had from any tier: `report->failures`
+  /// names each one, out and lse are NaN, and the sequence goes on. `invalid_argument`: a query that
+  /// is not finite, a budget below sinks + window, more queries than tokens.
+  Status step(const StepRequest& request, StepReport* report);
+
+  /// Gives every block, frame and place back; waits for transfers that still use them.
+  Status close();
+
+ private:
+  friend class Runtime;
+  struct State;
+  explicit Sequence(std::unique_ptr<State> state);
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace kvtier

@@ -1,0 +1,59 @@
+#pragma once
+
+#include "runtime/block_table.h"
+#include "runtime/device_map.h"
+#include "runtime/host_tier.h"
+#include "runtime/look_ahead.h"
+#include "runtime/runtime.h"
+#include "runtime/wave_fetch.h"
+#include "transfer/transfer_engine.h"
+
+#include <algorithm>
+#include <array>
+#include <memory>
+#include <vector>
+
+namespace kvtier {
+
+/// What a runtime owns, in order of dependence. Private to runtime/.
+struct Runtime::State {
+  RuntimeOptions options;
+  Environment environment;
+  BlockLayout layout;
+  SelectorShape selector_shape;
+  Region slab;
+  Region frames;
+  std::unique_ptr<TransferEngine> engine;
+  MoverCounters counters{};
+  std::unique_ptr<BlockTable> table{};
+  std::unique_ptr<DeviceMap> map{};
+  std::unique_ptr<HostTier> host{};
+  std::unique_ptr<LookAhead> look_ahead{};
+  /// The wave that is attended and the one that is fetched meanwhile.
+  std::array<std::unique_ptr<WaveFetch>, 2> waves{};
+
+  std::array<std::uint64_t, kTierCount> hits{};
+  std::uint64_t held_hits = 0;
+  std::uint64_t metadata_bytes_peak = 0;
+  std::uint64_t steps = 0;
+  std::uint64_t wave_count = 0;
+  std::uint32_t sequences_open = 0;
+  std::uint32_t sequences_made = 0;
+  bool closed = false;
+
+  /// Query heads that share one selection.
+  std::uint32_t heads_per_group() const { return options.query_heads / layout.head_groups(); }
+  /// Blocks that are attended together in one piece when results must not depend on residency.
+  std::uint32_t blocks_per_chunk() const {
+    return std::max(1u, kAttentionTileTokens / layout.tokens_per_block());
+  }
+  Duration now() const { return environment.clock->now(); }
+  void record(Track track, const char* name, Duration start, Duration end,
+              std::uint64_t bytes) const {
+    if (environment.timeline == nullptr) return;
+    environment.timeline->record(
+        {.track = track, .name = name, .start = start, .duration = end - start, .bytes = bytes});
+  }
+};
+
+}  // namespace kvtier

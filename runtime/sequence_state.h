@@ -1,0 +1,121 @@
+#pragma once
+
+#include "runtime/runtime_state.h"
+#include "selectors/selector.h"
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+namespace kvtier {
+
+/// The blocks of one layer and head group of a sequence.
+struct Stream {
+  LayerIndex layer;
+  HeadGroup head_group;
+  std::vector<ExtentId> extents;
+  std::uint32_t tokens = 0;
+  /// Of blocks that seal from now on; grows when a truncation cuts into sealed ones.
+  Generation generation{0};
+  /// Slot of the open tail block; none between a block's seal and the next token.
+  SlotId tail;
+  /// Blocks [held_begin, end) are on the device and held once each: the local window and the tail.
+  /// So are the sinks' blocks, from their seal on.
+  std::uint32_t held_begin = 0;
+  /// Blocks that the selector wants at every step, held once more.
+  std::vector<BlockIndex> outliers;
+  /// What the last step attended outside sinks and window: a prediction of the next.
+  std::vector<BlockId> last_set;
+};
+
+/// A block to be attended in a step.
+struct WorkItem {
+  BlockId block;
+  HeadGroup head_group;
+  BlockIndex index;
+  std::uint32_t first_token = 0;
+  std::uint32_t tokens = 0;
+};
+
+/// What a sequence owns. Private to runtime/; the behaviour is in sequence.cc (tokens come and go)
+/// and step.cc (tokens are attended).
+struct Sequence::State {
+  Runtime::State& runtime;
+  SequenceId id;
+  Origin origin;
+  std::vector<Stream> streams;  ///< [layers][head groups]
+  std::vector<std::unique_ptr<Selector>> selectors;
+  std::vector<std::uint32_t> tokens;  ///< Per layer.
+  bool closed = false;
+
+  // Scratch of a step; grown at most to the longest sequence.
+  std::vector<GroupSelection> selections;
+  std::vector<WorkItem> work;
+  std::vector<AttendedRange> attended;
+  std::vector<BlockFailure> failures;
+  std::vector<BlockRange> ranges;
+  std::vector<AttentionTask> tasks;
+  std::vector<HeadGroup> task_groups;
+  std::vector<float> partial_out;
+  std::vector<float> partial_lse;
+  std::vector<std::uint32_t> query_positions;
+  std::vector<BlockId> predictions;
+
+  // What a truncation holds on to while it is under way.
+  std::vector<ExtentId> cut_frames;
+  std::vector<SlotId> cut_slots;
+
+  static Result<std::unique_ptr<State>> make(Runtime::State& runtime, SequenceId id, Origin origin);
+  State(Runtime::State& r, SequenceId i, Origin o) : runtime(r), id(i), origin(o) {}
+
+  std::span<Stream> streams_of(LayerIndex layer) {
+    const std::uint32_t groups = runtime.layout.head_groups();
+    return std::span(streams).subspan(std::size_t{layer.value} * groups, groups);
+  }
+  BlockId block_id(const Stream& stream, BlockIndex index) const {
+    const std::uint32_t per_extent = runtime.layout.blocks_per_extent();
+    return runtime.layout.block_id(stream.extents[index.value / per_extent],
+                                   index.value % per_extent);
+  }
+
+  // sequence.cc
+  Status append_chunk(LayerIndex layer, const TokenRows& rows, std::uint32_t first,
+                      std::uint32_t count);
+  Status ensure_tail(Stream& stream);
+  void write_rows(Stream& stream, const TokenRows& rows, std::uint32_t first, std::uint32_t count);
+  Status seal_tail(Stream& stream);
+  void slide_window(Stream& stream);
+  Status prepare_cut(Stream& stream, std::uint32_t tokens_left);
+  void cut(Stream& stream, std::uint32_t tokens_left);
+  void end_cut();
+  Status bring_home(ExtentId extent);
+  Status bring_up(BlockId block);
+  bool is_tail(const Stream& stream, BlockIndex index) const;
+  bool is_held_by(const Stream& stream, BlockIndex index) const;
+  void release_blocks(Stream& stream, std::uint32_t first_block);
+
+  // step.cc
+  Status check_step(const StepRequest& request) const;
+  void plan_work(const StepRequest& request);
+  void append_group_work(Stream& stream, const GroupSelection& selection,
+                         std::uint32_t window_begin);
+  Status run_waves(const StepRequest& request, StepTiming& timing);
+  std::uint32_t put_hits_first();
+  std::uint32_t plan_wave(std::uint32_t begin, std::uint32_t hits, std::uint32_t slots_max,
+                          WaveFetch& fetch);
+  std::uint32_t piece_end(std::uint32_t begin, std::uint32_t hits) const;
+  bool piece_fits(std::uint32_t begin, std::uint32_t end, const WaveFetch& fetch) const;
+  void take_piece(std::uint32_t begin, std::uint32_t end, WaveFetch& fetch);
+  Status attend_wave(const StepRequest& request, std::uint32_t begin, std::uint32_t end,
+                     StepTiming& timing);
+  void fill_report(const StepTiming& timing, StepReport* report) const;
+  void finish_outputs(const StepRequest& request);
+  void fail_outputs(const StepRequest& request);
+  void merge_task(const StepRequest& request, const AttentionTask& task, HeadGroup group);
+  void release_wave(std::uint32_t begin, std::uint32_t end);
+  void hold_after_step(LayerIndex layer);
+  void predict(LayerIndex layer);
+};
+
+}  // namespace kvtier

@@ -1,0 +1,72 @@
+#pragma once
+
+#include "memory/clock.h"
+#include "memory/ids.h"
+#include "memory/region.h"
+#include "transfer/transfer_engine.h"
+
+#include <array>
+#include <cstdint>
+#include <string>
+
+namespace kvtier {
+
+/// One tier's bounds and uses. Bytes are of whole slots, frames and extents: what is really taken.
+struct TierStats {
+  std::uint64_t capacity_bytes = 0;
+  std::uint64_t used_bytes = 0;
+  std::uint64_t peak_bytes = 0;
+  /// Attended blocks that were found here when the step asked (each counts on one tier only);
+  /// sinks, window and outliers held on the device are counted apart.
+  std::uint64_t hits = 0;
+  std::uint64_t held_hits = 0;
+  std::uint64_t evictions = 0;
+};
+
+/// What verification saw, in blocks.
+struct VerificationStats {
+  std::uint64_t verified = 0;
+  std::uint64_t mismatched = 0;  ///< Checks that failed.
+  std::uint64_t recovered = 0;   ///< Wanted, wrong or unreadable at first, then obtained intact.
+  std::uint64_t failed = 0;      ///< Wanted and not to be had: named in a step's report.
+};
+
+/// What look-ahead did.
+struct PrefetchStats {
+  std::uint64_t issued_bytes = 0;
+  std::uint64_t useful_bytes = 0;  ///< Used at least once before the frame was needed elsewhere.
+  std::uint64_t wasted_bytes = 0;  ///< Dropped unused, or unused at the end.
+  /// Extents that were predicted for this step but left out by the byte budget, and then had to be
+  /// read on demand. A function of the calls, like every other decision; how often the step really
+  /// waited is `StepTiming::waits`.
+  std::uint64_t late = 0;
+};
+
+/// Snapshot of a runtime's counters since it was opened.
+struct RuntimeStats {
+  std::array<TierStats, kTierCount> tiers;
+  std::array<RouteStats, kRouteCount> routes;
+  VerificationStats verification;
+  PrefetchStats prefetch;
+  std::uint64_t metadata_bytes = 0;
+  std::uint64_t steps = 0;
+  std::uint64_t waves = 0;
+  std::uint64_t disk_reads_repeated = 0;
+  std::uint64_t disk_writes_failed = 0;
+  RegionStats slab;
+  RegionStats frames;
+};
+
+/// Where one step's time went.
+struct StepTiming {
+  Duration select{};
+  Duration resolve{};
+  Duration fetch{};   ///< Waiting for blocks that were not resident.
+  Duration attend{};
+  Duration merge{};
+  Duration look_ahead{};
+  Duration total{};
+  std::uint32_t waits = 0;  ///< Transfers that were not in when the step needed them.
+};
+
+}  // namespace kvtier
