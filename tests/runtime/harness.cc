@@ -1,0 +1,326 @@
+#include "tests/runtime/harness.h"
+
+#include "memory/check.h"
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <utility>
+
+namespace kvtier::testing {
+namespace {
+
+std::uint64_t mix(std::uint64_t x) {
+  x += 0x9E3779B97F4A7C15ull;
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
+  return x ^ (x >> 31);
+}
+
+// Uniform in [-1, 1), in steps that f32 holds exactly.
+float unit(std::uint64_t bits) {
+  return static_cast<float>(static_cast<std::int32_t>(mix(bits) >> 40) - (1 << 23)) /
+         static_cast<float>(1 << 23);
+}
+
+std::uint64_t place(std::uint64_t kind, std::uint64_t layer, std::uint64_t head,
+                    std::uint64_t position, std::uint64_t version, std::uint64_t element) {
+  return mix(mix(kind << 56 | layer << 48 | head << 40 | element << 28 | version) ^ position);
+}
+
+}  // namespace
+
+// --- Contents.
+
+float Content::key(std::uint32_t layer, std::uint32_t head, std::uint32_t position,
+                   std::uint32_t version, std::uint32_t element) const {
+  return scale_ * unit(place(1, layer, head, position, version, element));
+}
+
+float Content::value(std::uint32_t layer, std::uint32_t head, std::uint32_t position,
+                     std::uint32_t version, std::uint32_t element) const {
+  return unit(place(2, layer, head, position, version, element));
+}
+
+// --- Device.
+
+CheckingDevice::CheckingDevice(const Content& content, bool compute)
+    : host_(1), content_(content), compute_(compute) {}
+
+void CheckingDevice::expect(std::uint32_t layer, const float* queries,
+                            std::uint32_t heads_per_group,
+                            const std::vector<std::uint32_t>* versions) {
+  layer_ = layer;
+  queries_ = queries;
+  heads_per_group_ = heads_per_group;
+  versions_ = versions;
+}
+
+void CheckingDevice::tamper(Tamper how, std::uint64_t block) {
+  tamper_ = how;
+  tamper_block_ = blocks_seen_ + block;
+}
+
+bool CheckingDevice::is_right(const AttentionParams& params, const AttentionTask& task,
+                              const BlockRange& range) const {
+  const BlockLayout& layout = *params.layout;
+  const auto group = static_cast<std::uint32_t>(static_cast<std::size_t>(task.queries - queries_) /
+                                                (heads_per_group_ * layout.head_dim()));
+  for (std::uint32_t head = 0; head < layout.heads_per_block(); ++head) {
+    const std::uint32_t kv_head = group * layout.heads_per_block() + head;
+    for (std::uint32_t i = 0; i < range.tokens; ++i) {
+      const std::uint32_t position = range.position + i;
+      const std::uint32_t version = versions_->at(position);
+      const std::byte* key = range.block + layout.key_offset(head, range.first_token + i);
+      const std::byte* value = range.block + layout.value_offset(head, range.first_token + i);
+      for (std::uint32_t e = 0; e < layout.head_dim(); ++e) {
+        if (load_element(key, DType::kF32, e) != content_.key(layer_, kv_head, position, version, e))
+          return false;
+      }
+      for (std::uint32_t e = 0; e < layout.value_dim(); ++e) {
+        if (load_element(value, DType::kF32, e) !=
+            content_.value(layer_, kv_head, position, version, e))
+          return false;
+      }
+    }
+  }
+  return true;
+}
+
+// `ranges` ends with the block to spoil; `other` is a different block of the same call.
+void CheckingDevice::spoil(std::vector<BlockRange>& ranges, const BlockRange& other) {
+  switch (tamper_) {
+    case Tamper::kNothing: break;
+    case Tamper::kLeaveOut: ranges.pop_back(); break;
+    case Tamper::kRepeat: ranges.push_back(ranges.back()); break;
+    case Tamper::kSwap: ranges.back().block = other.block; break;
+  }
+}
+
+Status CheckingDevice::attend(const AttentionParams& params,
+                              std::span<const AttentionTask> tasks) {
+  std::vector<AttentionTask> spoilt(tasks.begin(), tasks.end());
+  std::vector<std::vector<BlockRange>> ranges(tasks.size());
+  for (std::size_t i = 0; i < tasks.size(); ++i) {
+    for (const BlockRange& range : tasks[i].blocks) {
+      if (!is_right(params, tasks[i], range)) ++wrong_blocks_;
+      ranges[i].push_back(range);
+      if (tamper_ != Tamper::kNothing && blocks_seen_ == tamper_block_) {
+        const BlockRange& first = tasks[i].blocks.front();
+        const bool is_first = range.block == first.block;
+        const AttentionTask& another = tasks[(i + 1) % tasks.size()];
+        spoil(ranges[i], is_first ? another.blocks.back() : first);
+      }
+      ++blocks_seen_;
+    }
+    spoilt[i].blocks = ranges[i];
+  }
+  if (!compute_) return {};
+  return host_.attend(params, spoilt);
+}
+
+// --- Harness.
+
+Harness::Harness(const HarnessOptions& setup)
+    : setup_(setup), content_(setup.block, setup.content_scale) {
+  options_.block = setup.block;
+  options_.layers = setup.layers;
+  options_.query_heads = setup.block.kv_heads * setup.queries_per_kv_head;
+  options_.softmax = setup.softmax;
+  options_.sink_logits = setup.sink_logits;
+  options_.selector = make_selector_factory(setup.selector).value();
+  options_.sinks = setup.sinks;
+  options_.window = setup.window;
+  options_.eviction = setup.eviction;
+  options_.look_ahead_bytes = setup.look_ahead_bytes;
+  options_.verify = setup.verify;
+  options_.deterministic = setup.deterministic;
+  options_.seed = setup.seed;
+  options_.transfer_threads = setup.transfer_threads;
+  options_.tokens_max = setup.tokens_max;
+  options_.sequences_max = setup.sequences_max;
+  const RuntimeNeeds needs = Runtime::needs(options_).value();
+  options_.device_capacity_bytes = std::max(setup.device_bytes, needs.device_bytes);
+  options_.host_capacity_bytes = std::max(setup.host_bytes, needs.host_bytes);
+  options_.disk_capacity_bytes = std::min(setup.disk_bytes, needs.extent_bytes_total);
+
+  device_ = std::make_unique<CheckingDevice>(content_, setup.compute);
+  auto file = std::make_unique<MemoryFile>(
+      MemoryFile::Options{.bytes = std::max<std::uint64_t>(options_.disk_capacity_bytes, 4096)});
+  memory_file_ = file.get();
+  disk_ = std::move(file);
+  link_ = make_memory_link();
+  if (setup.faults.any()) {
+    disk_ = std::make_unique<FaultyFile>(std::move(disk_), setup.faults, &fault_counts_);
+    link_ = make_faulty_link(std::move(link_), setup.faults, &fault_counts_);
+  }
+  runtime_ = Runtime::open(options_, {.clock = &clock_,
+                                      .device = device_.get(),
+                                      .link = link_.get(),
+                                      .disk = disk_.get(),
+                                      .timeline = nullptr})
+                 .value();
+  sequence_ = runtime_->create_sequence({.high = setup.seed, .low = 42}).value();
+  versions_.reserve(setup.tokens_max);
+}
+
+Harness::~Harness() {
+  if (!closed_) (void)close();
+}
+
+Status Harness::close() {
+  closed_ = true;
+  const Status sequence = sequence_->close();
+  const Status runtime = runtime_->close();
+  const Status disk = disk_->close();
+  for (const Status& status : {sequence, runtime, disk}) {
+    if (!status.ok()) return status;
+  }
+  return {};
+}
+
+void Harness::make_rows(std::uint32_t layer, std::uint32_t first, std::uint32_t count) {
+  const BlockShape& shape = setup_.block;
+  keys_.resize(std::size_t{count} * shape.kv_heads * shape.head_dim);
+  values_.resize(std::size_t{count} * shape.kv_heads * shape.value_dim);
+  std::size_t k = 0;
+  std::size_t v = 0;
+  for (std::uint32_t position = first; position < first + count; ++position) {
+    for (std::uint32_t head = 0; head < shape.kv_heads; ++head) {
+      for (std::uint32_t e = 0; e < shape.head_dim; ++e) {
+        keys_[k++] = content_.key(layer, head, position, versions_[position], e);
+      }
+      for (std::uint32_t e = 0; e < shape.value_dim; ++e) {
+        values_[v++] = content_.value(layer, head, position, versions_[position], e);
+      }
+    }
+  }
+}
+
+Status Harness::append_layer(std::uint32_t layer, std::uint32_t tokens) {
+  const BlockShape& shape = setup_.block;
+  const std::uint32_t first = sequence_->tokens(LayerIndex{layer});
+  KVTIER_CHECK(first + tokens <= versions_.size(), "{} tokens have no version yet", tokens);
+  make_rows(layer, first, tokens);
+  return sequence_->append(
+      LayerIndex{layer},
+      {.keys = reinterpret_cast<const std::byte*>(keys_.data()),
+       .values = reinterpret_cast<const std::byte*>(values_.data()),
+       .key_token_stride = shape.kv_heads * shape.head_dim * sizeof(float),
+       .key_head_stride = shape.head_dim * sizeof(float),
+       .value_token_stride = shape.kv_heads * shape.value_dim * sizeof(float),
+       .value_head_stride = shape.value_dim * sizeof(float),
+       .tokens = tokens});
+}
+
+Status Harness::append(std::uint32_t tokens) {
+  versions_.insert(versions_.end(), tokens, next_version_);
+  Status status;
+  for (std::uint32_t layer = 0; layer < setup_.layers; ++layer) {
+    const Status appended = append_layer(layer, tokens);
+    if (status.ok()) status = appended;
+  }
+  return status;
+}
+
+Status Harness::truncate(std::uint32_t tokens) {
+  KVTIER_RETURN_IF_ERROR(sequence_->truncate(tokens));
+  versions_.resize(tokens);
+  ++next_version_;
+  return {};
+}
+
+Status Harness::step(std::uint32_t layer, std::uint32_t budget, std::uint32_t query_count) {
+  const std::uint32_t heads = options_.query_heads;
+  queries_.resize(std::size_t{query_count} * heads * setup_.block.head_dim);
+  for (std::size_t i = 0; i < queries_.size(); ++i) {
+    queries_[i] = 2.0f * unit(place(3, layer, 0, tokens(), setup_.seed & 0xFFFF, i));
+  }
+  out_.assign(std::size_t{query_count} * heads * setup_.block.value_dim, 0.0f);
+  lse_.assign(std::size_t{query_count} * heads, 0.0f);
+  device_->expect(layer, queries_.data(),
+                  setup_.queries_per_kv_head * setup_.block.kv_heads_per_block, &versions_);
+  last_layer_ = layer;
+  last_query_count_ = query_count;
+  ++step_count_;
+  return sequence_->step({.layer = LayerIndex{layer},
+                          .queries = queries_.data(),
+                          .query_count = query_count,
+                          .budget_tokens = budget,
+                          .out = out_.data(),
+                          .lse = lse_.data()},
+                         &report_);
+}
+
+namespace {
+
+// Attention of one query head over (logit, position) pairs.
+void attend_one(const std::vector<std::pair<double, std::uint32_t>>& logits,
+                const std::function<double(std::uint32_t, std::uint32_t)>& value,
+                std::uint32_t value_dim, const float* sink, double* out, double* lse) {
+  double largest = sink != nullptr ? double{*sink} : -HUGE_VAL;
+  for (const auto& [logit, position] : logits) largest = std::max(largest, logit);
+  double sum = sink != nullptr ? std::exp(double{*sink} - largest) : 0.0;
+  for (const auto& [logit, position] : logits) {
+    const double weight = std::exp(logit - largest);
+    sum += weight;
+    for (std::uint32_t e = 0; e < value_dim; ++e) out[e] += weight * value(position, e);
+  }
+  for (std::uint32_t e = 0; e < value_dim; ++e) out[e] /= sum;
+  *lse = largest + std::log(sum);
+}
+
+}  // namespace
+
+std::vector<double> Harness::reference_out() const {
+  const BlockShape& shape = setup_.block;
+  const std::uint32_t heads = options_.query_heads;
+  std::vector<double> out(out_.size(), 0.0);
+  for (std::uint32_t row = 0; row < last_query_count_ * heads; ++row) {
+    const std::uint32_t query = row / heads;
+    const std::uint32_t kv_head = row % heads / setup_.queries_per_kv_head;
+    const std::uint32_t own = tokens() - last_query_count_ + query;
+    std::vector<std::pair<double, std::uint32_t>> logits;
+    for (const AttendedRange& range : report_.attended) {
+      if (range.head_group.value != kv_head / shape.kv_heads_per_block) continue;
+      for (std::uint32_t i = 0; i < range.tokens; ++i) {
+        const std::uint32_t position =
+            range.block.value * shape.tokens_per_block + range.first_token + i;
+        if (position > own) continue;
+        double dot = 0.0;
+        for (std::uint32_t e = 0; e < shape.head_dim; ++e) {
+          dot += double{queries_[std::size_t{row} * shape.head_dim + e]} *
+                 content_.key(last_layer_, kv_head, position, versions_[position], e);
+        }
+        double logit = dot * options_.softmax.scale;
+        if (options_.softmax.logit_cap > 0) {
+          logit = options_.softmax.logit_cap * std::tanh(logit / options_.softmax.logit_cap);
+        }
+        logits.emplace_back(logit, position);
+      }
+    }
+    const float* sink = options_.sink_logits.empty()
+                            ? nullptr
+                            : &options_.sink_logits[last_layer_ * heads + row % heads];
+    double lse = 0.0;
+    attend_one(
+        logits,
+        [&](std::uint32_t position, std::uint32_t e) {
+          return double{content_.value(last_layer_, kv_head, position, versions_[position], e)};
+        },
+        shape.value_dim, sink, &out[std::size_t{row} * shape.value_dim], &lse);
+  }
+  return out;
+}
+
+double max_difference(const std::vector<float>& a, const std::vector<double>& b) {
+  KVTIER_CHECK(a.size() == b.size(), "{} and {} elements", a.size(), b.size());
+  double largest = 0.0;
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    const double difference = std::abs(double{a[i]} - b[i]);
+    if (!(difference <= largest)) largest = difference;  // NaN counts as different.
+  }
+  return largest;
+}
+
+}  // namespace kvtier::testing

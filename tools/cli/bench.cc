@@ -1,0 +1,65 @@
+// kvtier bench: how fast one part runs, against what the machine gives.
+
+#include "tools/bench_attention.h"
+#include "tools/cli/options.h"
+#include "tools/cli/verbs.h"
+
+#include <CLI/CLI.hpp>
+
+#include <limits>
+#include <memory>
+
+namespace kvtier {
+namespace {
+
+Result<unsigned> parse_positive(std::string_view text) {
+  const Result<std::uint64_t> count = parse_count(text);
+  if (count.ok() && *count > 0 && *count <= std::numeric_limits<unsigned>::max()) {
+    return static_cast<unsigned>(*count);
+  }
+  return invalid_argument(fmt::format("found '{}', expected a whole number from 1", text));
+}
+
+Result<std::size_t> parse_size(std::string_view text) { return parse_bytes(text); }
+
+void add_attention(CLI::App& bench, ExitCode& exit_code) {
+  auto options = std::make_shared<BenchAttentionOptions>();
+  CLI::App* verb = bench.add_subcommand(
+      "attention", "Partial attention over resident blocks, as a share of the read bandwidth");
+  verb->add_option("--format", options->format, "table or json (default: table)")
+      ->check(CLI::IsMember({"table", "json"}))
+      ->type_name("");
+  add_values(*verb, "--threads", options->threads, parse_positive, "Thread counts, one run each",
+             "1,2");
+  add_value(*verb, "--repetitions", options->repetitions, parse_positive,
+            "Interleaved repetitions; figures are their median", "7");
+  add_value(*verb, "--region-bytes", options->region_bytes, parse_size,
+            "Memory that blocks lie in; larger than the last-level cache", "1GiB");
+  add_value(*verb, "--bytes-per-repetition", options->bytes_per_repetition, parse_size,
+            "Bytes that one repetition reads at least", "192MiB");
+  verb->add_option("--python", options->python,
+                   "Interpreter whose PyTorch is compared with; '' for none (default: python3)")
+      ->type_name("");
+  verb->footer(
+      "Every result is compared with a plain reference. Figures are ratios of measurements of\n"
+      "this run; exit code 4 when a result differs.\n\n"
+      "Examples:\n"
+      "  kvtier bench attention\n"
+      "  kvtier bench attention --threads 1 --format json");
+  verb->callback(
+      [options, &exit_code] { exit_code = static_cast<ExitCode>(run_bench_attention(*options)); });
+}
+
+}  // namespace
+
+void add_bench(CLI::App& app, ExitCode& exit_code) {
+  CLI::App* verb = app.add_subcommand("bench", "Measure how fast one part runs");
+  verb->require_subcommand(1);
+  verb->footer(
+      "Examples:\n"
+      "  kvtier bench attention\n"
+      "  kvtier bench attention --help");
+  add_attention(*verb, exit_code);
+}
+
+}  // namespace kvtier

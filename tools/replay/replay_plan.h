@@ -1,0 +1,39 @@
+#pragma once
+
+#include "memory/status.h"
+#include "runtime/options.h"
+#include "selectors/selector.h"
+#include "tools/replay/replay_options.h"
+#include "tools/trace/attention_trace.h"
+#include "transfer/open_file.h"
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace kvtier {
+
+/// One selector at one budget.
+struct PlannedRun {
+  std::string selector;  ///< As typed.
+  SelectorFactory factory;
+  Budget budget;
+};
+
+/// The options made concrete for one trace: every number is in bytes and tokens, and everything
+/// that can be refused before a run has been.
+struct ReplayPlan {
+  RuntimeOptions runtime;  ///< All but the selector.
+  RuntimeNeeds needs;
+  FileOptions disk;  ///< `bytes` is 0 when there is no disk tier.
+  std::vector<PlannedRun> runs;
+
+  /// What selectors are told about a layer; also what the oracle's choice is measured with.
+  SelectorShape selector_shape() const;
+
+  /// `invalid_argument` names the option, what was found and the least that would do;
+  /// `unsupported` when no option could make this trace run.
+  static Result<ReplayPlan> make(const ReplayOptions& options, const AttentionTrace& trace);
+};
+
+}  // namespace kvtier
