@@ -78,6 +78,7 @@ template <typename T, std::size_t kRows>
 void dot_slice(const ScoreSlice& slice, QueryRows queries, float* logits) {
   const RowsView& rows = slice.task.rows;
   const std::size_t stride = slice.task.logit_stride;
+  float four[kRows * 4] = {};
   for (std::size_t r = 0; r < slice.count; r += 4) {
     const std::size_t take = std::min<std::size_t>(4, slice.count - r);
     const T* keys[4];
@@ -87,7 +88,6 @@ void dot_slice(const ScoreSlice& slice, QueryRows queries, float* logits) {
       keys[i] = reinterpret_cast<const T*>(rows.row(row));
     }
     // One call for both cases: every number of rows is compiled for every type.
-    float four[kRows * 4];
     const bool ragged = take < 4;
     dot_four_keys<T, kRows>(keys, queries, rows.dim, ragged ? four : logits + r,
                             ragged ? 4 : stride);
@@ -123,7 +123,7 @@ void score_typed(const ScoreSlice& slice) {
 }
 
 template <typename T>
-void add_mean_of_group(const RowGroup& group, float* mean) {
+void average_group(const RowGroup& group, float* mean) {
   const FloatTag d;
   const std::size_t dim = group.rows.dim;
   const float share = 1.0f / static_cast<float>(group.count);
@@ -145,7 +145,7 @@ void add_mean_of_group(const RowGroup& group, float* mean) {
   }
 }
 
-/// a.b, a.a and b.b of one row and one mean.
+/// Cosine between a row and a mean of its type; 0 when either is a zero vector.
 template <typename T>
 float cosine(const RowsView& rows, const std::byte* row_bytes, const std::byte* mean_bytes) {
   const FloatTag d;
@@ -188,9 +188,9 @@ void score_slice(const ScoreSlice& slice) {
 
 void mean_of_group(const RowGroup& group, float* mean) {
   switch (group.rows.dtype) {
-    case DType::kF16: return add_mean_of_group<hwy::float16_t>(group, mean);
-    case DType::kBF16: return add_mean_of_group<hwy::bfloat16_t>(group, mean);
-    case DType::kF32: return add_mean_of_group<float>(group, mean);
+    case DType::kF16: return average_group<hwy::float16_t>(group, mean);
+    case DType::kBF16: return average_group<hwy::bfloat16_t>(group, mean);
+    case DType::kF32: return average_group<float>(group, mean);
   }
 }
 

@@ -76,12 +76,6 @@ void HostTier::settle_write(ExtentId id) {
   if (table_.row(id).state == HomeState::kHost) table_.hold_frame(id);
 }
 
-void HostTier::settle_writes() {
-  for (std::uint32_t row = 0; row < table_.frames() + table_.places(); ++row) {
-    settle_write(ExtentId{row});
-  }
-}
-
 // --- Writing through.
 
 Result<ExtentId> HostTier::create(const ExtentOwner& owner) {

@@ -96,8 +96,6 @@ class HostTier {
   void reopen(ExtentId id, std::uint32_t first_cut);
   /// Waits for the extent's write, if one is under way.
   void settle_write(ExtentId id);
-  /// Waits for every write under way.
-  void settle_writes();
 
  private:
   Status make_room();

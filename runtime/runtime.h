@@ -17,7 +17,8 @@
 
 namespace kvtier {
 
-/// The world a runtime runs in: real, simulated or faulty. Everything outlives the runtime.
+/// The world a runtime runs in: real, simulated or faulty. Everything outlives the runtime; whoever
+/// opened the file closes it, after the runtime.
 struct Environment {
   const Clock* clock = nullptr;
   Device* device = nullptr;
@@ -93,7 +94,8 @@ class Runtime {
   /// the same tokens. `no_space` when `sequences_max` are open.
   Result<std::unique_ptr<Sequence>> create_sequence(Origin origin);
 
-  /// Counters so far. Finished transfers only; call when no step is running.
+  /// Counters so far; cheap, and still there after `close`. Bytes per route count what has ended:
+  /// exact after `close`, and between steps as far as transfers have come.
   RuntimeStats stats() const;
 
   /// Ends all transfers and writes, closes the transfer engine. Every sequence is closed before.

@@ -183,30 +183,31 @@ Status Sequence::truncate(std::uint32_t tokens) {
     for (Stream& stream : s.streams) {
       if (stream.tokens > tokens) s.cut(stream, tokens);
     }
+    for (std::uint32_t layer = 0; layer < s.tokens.size(); ++layer) {
+      if (s.tokens[layer] > tokens) s.cut_selector(LayerIndex{layer}, tokens);
+    }
   }
   s.end_cut();
-  if (!prepared.ok()) return prepared;
-  for (std::uint32_t layer = 0; layer < s.tokens.size(); ++layer) {
-    if (s.tokens[layer] <= tokens) continue;
-    s.tokens[layer] = tokens;
-    s.selectors[layer]->truncate(tokens);
-  }
-  return {};
+  return prepared;
 }
 
-// Brings what a cut needs, and holds on to it until `end_cut`: the extent that is cut into a frame,
-// the block that is cut to the device.
+// Brings what a cut needs, and holds on to it until `end_cut`: the extent that is cut into a frame;
+// to the device the block that is cut, and those whose keys the selector wants to see again.
 Status Sequence::State::prepare_cut(Stream& stream, std::uint32_t tokens_left) {
   const BlockIndex index = runtime.layout.block_of_token(tokens_left);
   const bool cuts_block = tokens_left % runtime.layout.tokens_per_block() != 0;
-  const bool cuts_extent = index.value % runtime.layout.blocks_per_extent() != 0 || cuts_block;
-  if (is_tail(stream, index) || !cuts_extent) return {};
-  const BlockId block = block_id(stream, index);
-  const ExtentId extent = runtime.layout.extent_of(block);
-  KVTIER_RETURN_IF_ERROR(bring_home(extent));
-  runtime.table->hold_frame(extent);
-  cut_frames.push_back(extent);
-  if (!cuts_block) return {};
+  const std::uint32_t floor = selectors[stream.layer.value]->truncate_floor(tokens_left);
+  for (std::uint32_t i = runtime.layout.block_of_token(floor).value; i < index.value; ++i) {
+    KVTIER_RETURN_IF_ERROR(prepare_block(block_id(stream, BlockIndex{i})));
+  }
+  if (is_tail(stream, index)) return {};
+  if (cuts_block) return prepare_block(block_id(stream, index));
+  if (index.value % runtime.layout.blocks_per_extent() == 0) return {};
+  return prepare_extent(runtime.layout.extent_of(block_id(stream, index)));
+}
+
+Status Sequence::State::prepare_block(BlockId block) {
+  KVTIER_RETURN_IF_ERROR(prepare_extent(runtime.layout.extent_of(block)));
   if (runtime.map->find(block).is_none()) {
     KVTIER_RETURN_IF_ERROR(bring_up(block));
   } else {
@@ -214,6 +215,42 @@ Status Sequence::State::prepare_cut(Stream& stream, std::uint32_t tokens_left) {
   }
   cut_slots.push_back(runtime.map->find(block));
   return {};
+}
+
+Status Sequence::State::prepare_extent(ExtentId extent) {
+  KVTIER_RETURN_IF_ERROR(bring_home(extent));
+  runtime.table->hold_frame(extent);
+  cut_frames.push_back(extent);
+  return {};
+}
+
+// Some selectors cannot give back single tokens of what they have condensed: those see the keys
+// behind their floor once more.
+void Sequence::State::cut_selector(LayerIndex layer, std::uint32_t tokens_left) {
+  Selector& selector = *selectors[layer.value];
+  const BlockLayout& layout = runtime.layout;
+  const std::uint32_t floor = selector.truncate_floor(tokens_left);
+  tokens[layer.value] = tokens_left;
+  selector.truncate(floor);
+  if (floor == tokens_left) return;
+  const std::size_t row = layout.key_row_bytes();
+  std::vector<std::byte> keys((tokens_left - floor) * layout.kv_heads() * row);
+  std::byte* target = keys.data();
+  for (std::uint32_t position = floor; position < tokens_left; ++position) {
+    for (const Stream& stream : streams_of(layer)) {
+      const BlockId block = block_id(stream, layout.block_of_token(position));
+      const std::byte* source = runtime.map->address(runtime.map->find(block));
+      for (std::uint32_t head = 0; head < layout.heads_per_block(); ++head, target += row) {
+        std::memcpy(target, source + layout.key_offset(head, position % layout.tokens_per_block()),
+                    row);
+      }
+    }
+  }
+  selector.append({.data = keys.data(),
+                   .first_position = floor,
+                   .tokens = tokens_left - floor,
+                   .token_stride_bytes = layout.kv_heads() * row,
+                   .head_stride_bytes = row});
 }
 
 void Sequence::State::end_cut() {

@@ -36,10 +36,11 @@ struct WorkItem {
   BlockIndex index;
   std::uint32_t first_token = 0;
   std::uint32_t tokens = 0;
+  bool held = false;  ///< Its slot is, by the wave under way.
 };
 
-/// What a sequence owns. Private to runtime/; the behaviour is in sequence.cc (tokens come and go)
-/// and step.cc (tokens are attended).
+/// What a sequence owns. Private to runtime/; the behaviour is in sequence.cc (tokens come and go),
+/// step.cc (a step is planned and concluded) and waves.cc (its blocks are fetched and attended).
 struct Sequence::State {
   Runtime::State& runtime;
   SequenceId id;
@@ -87,6 +88,9 @@ struct Sequence::State {
   Status seal_tail(Stream& stream);
   void slide_window(Stream& stream);
   Status prepare_cut(Stream& stream, std::uint32_t tokens_left);
+  Status prepare_block(BlockId block);
+  Status prepare_extent(ExtentId extent);
+  void cut_selector(LayerIndex layer, std::uint32_t tokens_left);
   void cut(Stream& stream, std::uint32_t tokens_left);
   void end_cut();
   Status bring_home(ExtentId extent);
@@ -100,6 +104,11 @@ struct Sequence::State {
   void plan_work(const StepRequest& request);
   void append_group_work(Stream& stream, const GroupSelection& selection,
                          std::uint32_t window_begin);
+  void hold_after_step(LayerIndex layer);
+  void predict(LayerIndex layer);
+  void fill_report(const StepTiming& timing, StepReport* report) const;
+
+  // waves.cc
   Status run_waves(const StepRequest& request, StepTiming& timing);
   std::uint32_t put_hits_first();
   std::uint32_t plan_wave(std::uint32_t begin, std::uint32_t hits, std::uint32_t slots_max,
@@ -109,13 +118,10 @@ struct Sequence::State {
   void take_piece(std::uint32_t begin, std::uint32_t end, WaveFetch& fetch);
   Status attend_wave(const StepRequest& request, std::uint32_t begin, std::uint32_t end,
                      StepTiming& timing);
-  void fill_report(const StepTiming& timing, StepReport* report) const;
   void finish_outputs(const StepRequest& request);
   void fail_outputs(const StepRequest& request);
   void merge_task(const StepRequest& request, const AttentionTask& task, HeadGroup group);
   void release_wave(std::uint32_t begin, std::uint32_t end);
-  void hold_after_step(LayerIndex layer);
-  void predict(LayerIndex layer);
 };
 
 }  // namespace kvtier

@@ -48,7 +48,7 @@ struct RuntimeStats {
   std::array<RouteStats, kRouteCount> routes;
   VerificationStats verification;
   PrefetchStats prefetch;
-  std::uint64_t metadata_bytes = 0;
+  std::uint64_t metadata_bytes = 0;  ///< Of all selectors together, at its peak.
   std::uint64_t steps = 0;
   std::uint64_t waves = 0;
   std::uint64_t disk_reads_repeated = 0;

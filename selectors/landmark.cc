@@ -151,8 +151,8 @@ Status Landmark::select(const SelectRequest& request, std::span<GroupSelection> 
   for (std::size_t i = 0; i < groups_.size(); ++i) {
     if (groups_[i].finite) continue;
     return invalid_argument(
-        fmt::format("landmark: scores of head group {} at position {} overflow float32",
-                    i, request.first_position));
+        fmt::format("landmark: scores of head group {} at position {} overflow float32", i,
+                    request.first_position));
   }
   return {};
 }
@@ -264,13 +264,13 @@ void Landmark::weigh_head(const Step& step, Group& group, std::size_t head,
   for (std::uint32_t q = 0; q < step.request.query_count; ++q) {
     const std::span<float> row =
         logits_.row(head, q * shape_.queries_per_kv_head + query_head, target.size());
+    group.finite = group.finite && all_finite(row);
     if (shape_.reduction != GroupReduction::kMean) {
       // exp() of it is zero; not infinite, so that a row of outliers only still has a maximum.
       for (std::uint32_t i = 0; i < group.outliers; ++i) {
         row[group.by_cosine[i] - step.landmarks.begin] = std::numeric_limits<float>::lowest();
       }
-      const float lse = softmax_row(row);
-      group.finite = group.finite && all_finite(std::span(&lse, 1));
+      softmax_row(row);
     }
     if (q == 0) {
       std::ranges::copy(row, target.begin());

@@ -109,12 +109,13 @@ class Oracle final : public Selector {
       for (std::uint32_t h = 0; h < shape_.queries_per_kv_head; ++h) {
         const std::uint32_t row = q * shape_.queries_per_kv_head + h;
         // Causality: a draft's earlier query does not see the later tokens.
-        const float lse = softmax_row(logits_.row(0, row, request.first_position + q + 1));
-        if (!all_finite(std::span(&lse, 1))) {
+        const std::span<float> weights = logits_.row(0, row, request.first_position + q + 1);
+        if (!all_finite(weights)) {
           return invalid_argument(
               fmt::format("oracle: logits of KV head {} at position {} overflow float32", head,
                           request.first_position + q));
         }
+        softmax_row(weights);
       }
     }
     return {};

@@ -41,7 +41,10 @@ class S3Fifo final : public EvictionPolicy {
       if (const auto place = evict_small(held)) return place;
     }
     if (const auto place = evict_main(held)) return place;
-    return evict_small(held);
+    // The main queue is all held. A round over the small one may promote everything it meets, and
+    // what it promoted can leave from there.
+    if (const auto place = evict_small(held)) return place;
+    return evict_main(held);
   }
 
  private:

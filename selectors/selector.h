@@ -98,8 +98,8 @@ struct GroupSelection {
 /// the same calls give the same answers.
 ///
 /// One selector per (sequence, layer); one thread at a time. `append` may allocate until
-/// `SelectorShape::tokens_max` is reached if the implementation says so; `select` does not after
-/// its first call.
+/// `SelectorShape::tokens_max` is reached if the implementation says so; `select` allocates in its
+/// first call, and when a step has more queries than any step before.
 class Selector {
  public:
   virtual ~Selector() = default;
@@ -117,7 +117,8 @@ class Selector {
   /// appends the keys of [floor, position) again, which it has in its blocks:
   ///   `floor = s.truncate_floor(p); s.truncate(floor); if (floor < p) s.append(keys of [floor,
   ///   p));`
-  /// Cuts within the window (rejected drafts) need no keys: the floor is `position` itself.
+  /// The newest keys are kept as they came, so that a rejected draft needs none again: after a
+  /// window of appends, the floor of a cut within the window is `position` itself.
   virtual std::uint32_t truncate_floor(std::uint32_t position) const { return position; }
 
   /// Ranks blocks for the step's queries into `selection`, one entry per head group. Never chooses

@@ -42,16 +42,17 @@ std::optional<Number> parse_number(std::string_view text) {
 }
 
 Status wrong(std::string_view part, const std::string& why) {
-  return invalid_argument(fmt::format(
-      "fault '{}': {} (known: kind[:disk|link]:rate with kind one of {}, and seed=N)", part, why,
-      fmt::join(kKindNames, ", ")));
+  return invalid_argument(
+      fmt::format("fault '{}': {} (known: kind[:disk|link]:rate with kind one of {}, and seed=N)",
+                  part, why, fmt::join(kKindNames, ", ")));
 }
 
 // One `kind[:target]:rate`.
 Status parse_fault(std::string_view part, FaultPlan& plan) {
   const std::vector<std::string_view> fields = split(part, ':');
   const auto name = std::find(kKindNames.begin(), kKindNames.end(), fields.front());
-  if (name == kKindNames.end()) return wrong(part, fmt::format("unknown kind '{}'", fields.front()));
+  if (name == kKindNames.end())
+    return wrong(part, fmt::format("unknown kind '{}'", fields.front()));
   if (fields.size() < 2) return wrong(part, "no rate");
   if (fields.size() > 3) return wrong(part, "too many fields");
   const std::string_view target = fields.size() == 3 ? fields[1] : std::string_view("disk");
@@ -114,7 +115,8 @@ Result<FaultPlan> FaultPlan::parse(std::string_view spec) {
 std::string FaultPlan::to_string() const {
   std::string spec;
   for (std::size_t kind = 0; kind < disk_rate.size(); ++kind) {
-    if (disk_rate[kind] > 0.0) spec += fmt::format("{}:disk:{},", kKindNames[kind], disk_rate[kind]);
+    if (disk_rate[kind] > 0.0)
+      spec += fmt::format("{}:disk:{},", kKindNames[kind], disk_rate[kind]);
   }
   if (link_bitflip_rate > 0.0) spec += fmt::format("bitflip:link:{},", link_bitflip_rate);
   return spec + fmt::format("seed={}", seed);

@@ -29,8 +29,9 @@ const char* to_string(FaultKind kind);
 /// What a fault plan applies to.
 enum class FaultTarget : unsigned char { kDisk, kLink };
 
-/// How often each fault happens, by seed. The answer for an operation depends on the seed, the kind,
-/// its place and how often that place was used before, never on timing or on other operations.
+/// How often each fault happens, by seed. The answer for an operation depends on the seed, the
+/// kind, its place and how often that place was used before, never on timing or on other
+/// operations.
 struct FaultPlan {
   std::array<double, kFaultKindCount> disk_rate{};
   double link_bitflip_rate = 0.0;

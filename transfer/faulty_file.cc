@@ -17,25 +17,6 @@ constexpr std::uint64_t kHoldMax = 8;
 // What a short read leaves behind its end, so that nobody takes old bytes there for new ones.
 constexpr std::byte kPoison{0xdb};
 
-struct Freed {
-  void operator()(std::byte* memory) const { std::free(memory); }
-};
-
-// One operation between its acceptance and its reaping: the caller's, and the one that the wrapped
-// file sees in its place.
-struct Slot {
-  FileOperation* outer = nullptr;
-  FileOperation inner;
-  std::optional<FaultKind> fault;
-  /// Settles where, how much or which bit.
-  std::uint64_t draw = 0;
-  /// Completions and calls of `reap` to wait for.
-  std::uint64_t hold = 0;
-  bool in_wrapped = false;
-  std::unique_ptr<std::byte, Freed> rotten;
-  std::size_t rotten_bytes = 0;
-};
-
 void flip_bit(std::span<std::byte> bytes, std::uint64_t draw) {
   const std::uint64_t bit = draw % (std::uint64_t{bytes.size()} * 8);
   bytes[bit / 8] ^= std::byte{1} << (bit % 8);
@@ -47,10 +28,29 @@ std::string injected(const char* what, const FileOperation& operation) {
 
 }  // namespace
 
-// Invariants: a slot is free, in the wrapped file, in `unsent`, in `held`, or its outer operation is
-// in `ready`; in_flight counts all but the free ones. Every vector has room for all slots from the
-// start.
+// Invariants: a slot is free, in the wrapped file, in `unsent`, in `held`, or its outer operation
+// is in `ready`; in_flight counts all but the free ones. Every vector has room for all slots from
+// the start.
 struct FaultyFile::State {
+  struct Freed {
+    void operator()(std::byte* memory) const { std::free(memory); }
+  };
+
+  // One operation between its acceptance and its reaping: the caller's, and the one that the
+  // wrapped file sees in its place.
+  struct Slot {
+    FileOperation* outer = nullptr;
+    FileOperation inner;
+    std::optional<FaultKind> fault;
+    // Settles where, how much or which bit.
+    std::uint64_t draw = 0;
+    // Completions and calls of `reap` to wait for.
+    std::uint64_t hold = 0;
+    bool in_wrapped = false;
+    std::unique_ptr<std::byte, Freed> rotten;
+    std::size_t rotten_bytes = 0;
+  };
+
   State(std::unique_ptr<File> file, const FaultPlan& fault_plan, FaultCounts* fault_counts)
       : wrapped(std::move(file)), plan(fault_plan), counts(fault_counts) {
     const std::uint32_t depth = wrapped->traits().queue_depth;
@@ -110,13 +110,13 @@ void FaultyFile::State::decide(Slot& slot) {
   constexpr FaultKind kWriteKinds[] = {FaultKind::kWriteError, FaultKind::kNoSpace,
                                        FaultKind::kLostWrite, FaultKind::kRot};
   const bool is_write = slot.outer->kind == FileOperation::Kind::kWrite;
-  std::vector<std::uint32_t>& counters = uses[is_write ? 1 : 0];
+  std::vector<std::uint32_t>& counters = uses[static_cast<std::size_t>(is_write)];
   const std::uint64_t place = slot.outer->offset;
   const std::uint64_t use = counters[std::min<std::size_t>(units(place), counters.size() - 1)]++;
   // Reads and writes of a place draw apart; the second set of salts settles the details.
+  const std::uint64_t salt = is_write ? 32 : 0;
   const auto draw = [&](FaultKind kind, std::uint64_t set) {
-    return fault_draw(plan.seed, static_cast<std::uint64_t>(kind) + 64 * set + (is_write ? 32 : 0),
-                      place, use);
+    return fault_draw(plan.seed, salt + 64 * set + static_cast<std::uint64_t>(kind), place, use);
   };
   const auto hits = [&](FaultKind kind) {
     return fault_hits(draw(kind, 0), plan.disk_rate[static_cast<std::size_t>(kind)]);
@@ -176,8 +176,7 @@ bool FaultyFile::State::prepare(Slot& slot) {
   switch (*slot.fault) {
     case FaultKind::kIoError:
     case FaultKind::kNoSpace:
-    case FaultKind::kLostWrite:
-      return false;
+    case FaultKind::kLostWrite: return false;
     case FaultKind::kWriteError:
       inner.buffer = inner.buffer.first(slot.draw % units(inner.buffer.size()) * traits.alignment);
       return !inner.buffer.empty();
@@ -185,13 +184,10 @@ bool FaultyFile::State::prepare(Slot& slot) {
       inner.offset = another_place(*slot.outer, slot.draw);
       if (inner.offset == slot.outer->offset) slot.fault.reset();
       return true;
-    case FaultKind::kRot:
-      spoil_copy(slot);
-      return true;
+    case FaultKind::kRot: spoil_copy(slot); return true;
     case FaultKind::kBitFlip:
     case FaultKind::kShortRead:
-    case FaultKind::kDelay:
-      return true;
+    case FaultKind::kDelay: return true;
   }
   return true;
 }
@@ -209,19 +205,13 @@ void FaultyFile::State::send() {
 void FaultyFile::State::apply(Slot& slot) {
   FileOperation& outer = *slot.outer;
   switch (*slot.fault) {
-    case FaultKind::kIoError:
-      outer.status = io_error(injected("eio", outer));
-      break;
+    case FaultKind::kIoError: outer.status = io_error(injected("eio", outer)); break;
     case FaultKind::kWriteError:
       outer.status = io_error(injected("writeeio", outer));
       outer.transferred = 0;
       break;
-    case FaultKind::kNoSpace:
-      outer.status = no_space(injected("enospc", outer));
-      break;
-    case FaultKind::kLostWrite:
-      outer.transferred = outer.buffer.size();
-      break;
+    case FaultKind::kNoSpace: outer.status = no_space(injected("enospc", outer)); break;
+    case FaultKind::kLostWrite: outer.transferred = outer.buffer.size(); break;
     case FaultKind::kShortRead:
       if (outer.transferred < traits.alignment) return;
       outer.transferred = slot.draw % units(outer.transferred) * traits.alignment;
@@ -234,8 +224,7 @@ void FaultyFile::State::apply(Slot& slot) {
       break;
     case FaultKind::kRot:
     case FaultKind::kMisplaced:
-    case FaultKind::kDelay:
-      break;
+    case FaultKind::kDelay: break;
   }
   count(*slot.fault);
 }
@@ -294,7 +283,7 @@ std::size_t FaultyFile::submit(std::span<FileOperation* const> operations) {
   for (FileOperation* const operation : operations) {
     if (state_->free.empty()) break;
     check_aligned(*operation, state_->traits.alignment);
-    Slot& slot = state_->slots[state_->free.back()];
+    State::Slot& slot = state_->slots[state_->free.back()];
     operation->token = state_->free.back();
     state_->free.pop_back();
     ++state_->in_flight;
@@ -322,7 +311,7 @@ std::size_t FaultyFile::reap(std::span<FileOperation*> done, Duration timeout) {
     // Only what was held before is aged, by this call and by the completions that overtake it.
     const std::size_t held_before = state.held.size();
     for (FileOperation* const inner : std::span(state.reaped).first(count)) {
-      state.settle(*static_cast<Slot*>(inner->owner));
+      state.settle(*static_cast<State::Slot*>(inner->owner));
     }
     state.release(held_before, count + 1);
     if (!state.ready.empty() || count == 0) break;
@@ -334,7 +323,7 @@ std::size_t FaultyFile::reap(std::span<FileOperation*> done, Duration timeout) {
 }
 
 void FaultyFile::cancel(FileOperation* operation) {
-  Slot& slot = state_->slots[operation->token];
+  State::Slot& slot = state_->slots[operation->token];
   if (slot.in_wrapped) {
     state_->wrapped->cancel(&slot.inner);
     return;

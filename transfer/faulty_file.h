@@ -11,10 +11,10 @@ namespace kvtier {
 /// message. Same rules as the file it wraps, with one exception: a write that rots is copied first,
 /// because the caller's bytes must stay as they are, and that copy may allocate.
 ///
-/// At most one of the kinds that change a result fires per operation, in this order: eio, misplaced,
-/// shortread, bitflip for reads; writeeio, enospc, lostwrite, rot for writes. `delay` adds to any:
-/// a delayed completion is held back for up to eight other completions or calls of `reap`, and
-/// never longer than anything else is in flight. Retrying at the same place draws anew.
+/// At most one of the kinds that change a result fires per operation, in this order: eio,
+/// misplaced, shortread, bitflip for reads; writeeio, enospc, lostwrite, rot for writes. `delay`
+/// adds to any: a delayed completion is held back for up to eight other completions or calls of
+/// `reap`, and never longer than anything else is in flight. Retrying at the same place draws anew.
 class FaultyFile final : public File {
  public:
   /// `counts` may be null; otherwise it outlives the file.

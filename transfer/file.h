@@ -46,8 +46,8 @@ struct FileTraits {
 /// A read that crosses the end is short, one behind it transfers nothing; a write that crosses the
 /// end stores nothing and fails with `io_error`. A misaligned operation is a bug and aborts.
 ///
-/// One thread at a time drives a file (`submit`, `reap`, `cancel`); `traits` and `size_bytes` may be
-/// called by any. Nothing allocates after construction, except to describe a failure.
+/// One thread at a time drives a file (`submit`, `reap`, `cancel`); `traits` and `size_bytes` may
+/// be called by any. Nothing allocates after construction, except to describe a failure.
 class File {
  public:
   virtual ~File() = default;
@@ -57,7 +57,8 @@ class File {
 
   /// Announces memory that later operations will use (io_uring pins it once instead of per call).
   /// Optional: a file that cannot, or is refused by a limit, says so in its traits and works on.
-  /// Call before the first `submit`. Each range is at most 1 GiB; larger ones are split by the file.
+  /// Call before the first `submit`. Each range is at most 1 GiB; larger ones are split by the
+  /// file.
   virtual Status register_buffers(std::span<const std::span<std::byte>> ranges) = 0;
 
   /// Accepts a leading part of `operations` (all, unless the queue is full) and starts them with as
@@ -65,17 +66,17 @@ class File {
   /// Operations in flight may finish, and be reaped, in any order.
   virtual std::size_t submit(std::span<FileOperation* const> operations) = 0;
 
-  /// Moves finished operations to `done`, at most `done.size()`. Waits up to `timeout` for the first
-  /// one when none is ready and some are in flight; with nothing in flight returns 0 at once. May
-  /// return 0 earlier than `timeout` (see `wake`).
+  /// Moves finished operations to `done`, at most `done.size()`. Waits up to `timeout` for the
+  /// first one when none is ready and some are in flight; with nothing in flight returns 0 at once.
+  /// May return 0 earlier than `timeout` (see `wake`).
   virtual std::size_t reap(std::span<FileOperation*> done, Duration timeout) = 0;
 
   /// Makes a `reap` that waits, or else the next one, return without waiting any longer. The one
   /// call that any thread may make at any time before `close`. A file that never waits ignores it.
   virtual void wake() {}
 
-  /// Asks for an early end. Best effort: the operation is still reaped, with `cancelled` or with its
-  /// ordinary result.
+  /// Asks for an early end. Best effort: the operation is still reaped, with `cancelled` or with
+  /// its ordinary result.
   virtual void cancel(FileOperation* operation) = 0;
 
   /// Makes everything reaped so far durable. Blocks.

@@ -1,5 +1,4 @@
 #include "transfer/link.h"
-
 #include "transfer/operation_list.h"
 
 #include <algorithm>

@@ -145,8 +145,8 @@ std::size_t PosixFile::submit(std::span<FileOperation* const> operations) {
 std::size_t PosixFile::reap(std::span<FileOperation*> done, Duration timeout) {
   std::unique_lock lock(state_->mutex);
   if (state_->finished.empty() && state_->in_flight > 0 && timeout > Duration::zero()) {
-    state_->finished_some.wait_for(
-        lock, timeout, [this] { return state_->woken || !state_->finished.empty(); });
+    state_->finished_some.wait_for(lock, timeout,
+                                   [this] { return state_->woken || !state_->finished.empty(); });
   }
   state_->woken = false;
   const std::size_t count = state_->finished.pop_into(done);
@@ -176,8 +176,7 @@ Status PosixFile::sync() { return state_->scratch.sync(); }
 Status PosixFile::close() {
   {
     const std::lock_guard lock(state_->mutex);
-    KVTIER_CHECK(state_->in_flight == 0, "close() with {} operations in flight",
-                 state_->in_flight);
+    KVTIER_CHECK(state_->in_flight == 0, "close() with {} operations in flight", state_->in_flight);
   }
   state_->closed = true;
   state_->stop();

@@ -12,8 +12,8 @@ namespace kvtier {
 /// A file served by a pool of threads that call `pread` and `pwrite`: works wherever files do.
 ///
 /// A queued operation can be cancelled, a running one cannot. Each operation costs two short locks
-/// and up to two thread switches; threads are started at `open` (as many as the queue is deep, 16 at
-/// most) and joined by `close`.
+/// and up to two thread switches; threads are started at `open` (as many as the queue is deep, 16
+/// at most) and joined by `close`.
 class PosixFile final : public File {
  public:
   /// Takes `scratch` over on success. `reason` goes into the traits.

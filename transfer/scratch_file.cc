@@ -143,11 +143,11 @@ Status ScratchFile::try_direct(const FileOptions& options) {
     return {};
   }
   if (error != EINVAL && error != EOPNOTSUPP) {
-    return io_error(fmt::format("{}: first write failed: {}", options.directory, error_text(error)));
+    return io_error(
+        fmt::format("{}: first write failed: {}", options.directory, error_text(error)));
   }
   if (flags >= 0) ::fcntl(descriptor_, F_SETFL, flags);
-  direct_refusal_ =
-      fmt::format("{} refuses direct I/O ({})", options.directory, error_text(error));
+  direct_refusal_ = fmt::format("{} refuses direct I/O ({})", options.directory, error_text(error));
   return {};
 }
 

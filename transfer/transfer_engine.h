@@ -19,8 +19,8 @@ inline constexpr int kRouteCount = 4;
 /// "disk_to_host", ...
 const char* to_string(Route route);
 
-/// Order of service: on one route nothing of a lower rank starts while a higher one waits; on the two
-/// routes that share a file or a link, not while a higher one waits and fits.
+/// Order of service: on one route nothing of a lower rank starts while a higher one waits; on the
+/// two routes that share a file or a link, not while a higher one waits and fits.
 enum class Priority : unsigned char { kDemand, kPrefetch, kWriteBack };
 inline constexpr int kPriorityCount = 3;
 
@@ -56,8 +56,8 @@ class Transfer {
   /// Blocks until terminal and returns the result; the handle is empty afterwards. With an engine
   /// without threads the caller drives it from here.
   Status wait();
-  /// Best effort: a queued transfer never starts, one in flight may still end well. A terminal state
-  /// follows in any case.
+  /// Best effort: a queued transfer never starts, one in flight may still end well. A terminal
+  /// state follows in any case.
   void cancel();
 
  private:
@@ -71,7 +71,7 @@ class Transfer {
 /// What one route has moved so far.
 struct RouteStats {
   std::uint64_t transfers = 0;
-  std::uint64_t bytes = 0;            ///< Of transfers that ended well.
+  std::uint64_t bytes = 0;  ///< Of transfers that ended well.
   std::uint64_t failures = 0;
   std::uint64_t cancelled = 0;
   std::uint64_t short_transfers = 0;  ///< Submitted again because fewer bytes came than asked.
@@ -81,8 +81,8 @@ struct RouteStats {
 /// Moves bytes between the tiers in order of priority, under a bound of bytes in flight per route.
 ///
 /// One thread drives the file and one the link (a ring belongs to one thread); with
-/// `threads = false` there are none and whoever waits drives both, so a test or a simulation runs in
-/// one deterministic order. `submit` takes a short lock, never held across I/O, and allocates
+/// `threads = false` there are none and whoever waits drives both, so a test or a simulation runs
+/// in one deterministic order. `submit` takes a short lock, never held across I/O, and allocates
 /// nothing; every queue is bounded. Thread-safe.
 ///
 /// A transfer that ends well but short is started again from its beginning, three times at most;

@@ -50,7 +50,8 @@ bool TransferEngine::State::fits(const RouteState& route, const Lane& lane,
   if (route.in_flight_bytes > 0 && route.in_flight_bytes + record.bytes > bound) return false;
   if (!is_background(record)) return true;
   if (lane.background_in_flight >= lane.background_max) return false;
-  const auto share = static_cast<std::size_t>(static_cast<double>(bound) * options.background_share);
+  const auto share =
+      static_cast<std::size_t>(static_cast<double>(bound) * options.background_share);
   return route.background_bytes == 0 || route.background_bytes + record.bytes <= share;
 }
 
@@ -161,9 +162,9 @@ void TransferEngine::State::settle(Lane& lane, TransferRecord& record) {
       lane.restarts.push_back(record);
       return;
     }
-    record.result = io_error(fmt::format("{}: {} of {} B at {}, {} times", to_string(record.request.route),
-                                         record.transferred, record.bytes, record.request.offset,
-                                         kRestartsMax + 1));
+    record.result = io_error(fmt::format("{}: {} of {} B at {}, {} times",
+                                         to_string(record.request.route), record.transferred,
+                                         record.bytes, record.request.offset, kRestartsMax + 1));
   }
   take_out_of_flight(lane, record);
   record_event(record);

@@ -131,14 +131,12 @@ Status UringFile::register_buffers(std::span<const std::span<std::byte>> ranges)
   std::vector<iovec> buffers;
   for (const std::span<std::byte> range : ranges) append_split(buffers, range);
   if (buffers.empty()) return {};
-  std::sort(buffers.begin(), buffers.end(), [](const iovec& a, const iovec& b) {
-    return std::less<>{}(a.iov_base, b.iov_base);
-  });
-  const int refused =
-      buffers.size() > kRegisteredBuffersMax
-          ? -E2BIG
-          : io_uring_register_buffers(&state_->ring, buffers.data(),
-                                      static_cast<unsigned>(buffers.size()));
+  std::sort(buffers.begin(), buffers.end(),
+            [](const iovec& a, const iovec& b) { return std::less<>{}(a.iov_base, b.iov_base); });
+  const int refused = buffers.size() > kRegisteredBuffersMax
+                          ? -E2BIG
+                          : io_uring_register_buffers(&state_->ring, buffers.data(),
+                                                      static_cast<unsigned>(buffers.size()));
   if (refused == 0) {
     state_->fixed_buffers = std::move(buffers);
     return {};
@@ -150,15 +148,15 @@ Status UringFile::register_buffers(std::span<const std::span<std::byte>> ranges)
 }
 
 int UringFile::State::fixed_buffer_of(std::span<const std::byte> buffer) const {
-  const auto after = std::upper_bound(
-      fixed_buffers.begin(), fixed_buffers.end(), buffer.data(),
-      [](const std::byte* address, const iovec& fixed) {
-        return std::less<>{}(static_cast<const void*>(address), fixed.iov_base);
-      });
+  const auto after =
+      std::upper_bound(fixed_buffers.begin(), fixed_buffers.end(), buffer.data(),
+                       [](const std::byte* address, const iovec& fixed) {
+                         return std::less<>{}(static_cast<const void*>(address), fixed.iov_base);
+                       });
   if (after == fixed_buffers.begin()) return -1;
   const iovec& fixed = *(after - 1);
-  const auto start = static_cast<std::size_t>(buffer.data() -
-                                              static_cast<const std::byte*>(fixed.iov_base));
+  const auto start =
+      static_cast<std::size_t>(buffer.data() - static_cast<const std::byte*>(fixed.iov_base));
   if (start > fixed.iov_len || buffer.size() > fixed.iov_len - start) return -1;
   return static_cast<int>(after - 1 - fixed_buffers.begin());
 }
@@ -181,14 +179,14 @@ bool UringFile::State::prepare(FileOperation& operation) {
     if (fixed < 0) {
       io_uring_prep_read(submission, file, operation.buffer.data(), length, operation.offset);
     } else {
-      io_uring_prep_read_fixed(submission, file, operation.buffer.data(), length,
-                               operation.offset, fixed);
+      io_uring_prep_read_fixed(submission, file, operation.buffer.data(), length, operation.offset,
+                               fixed);
     }
   } else if (fixed < 0) {
     io_uring_prep_write(submission, file, operation.buffer.data(), length, operation.offset);
   } else {
-    io_uring_prep_write_fixed(submission, file, operation.buffer.data(), length,
-                              operation.offset, fixed);
+    io_uring_prep_write_fixed(submission, file, operation.buffer.data(), length, operation.offset,
+                              fixed);
   }
   if (fixed_file) io_uring_sqe_set_flags(submission, IOSQE_FIXED_FILE);
   io_uring_sqe_set_data(submission, &operation);

@@ -9,12 +9,12 @@
 
 namespace kvtier {
 
-/// A file driven through one io_uring: registered file, registered buffers where the limit on locked
-/// memory allows, one system call per batch.
+/// A file driven through one io_uring: registered file, registered buffers where the limit on
+/// locked memory allows, one system call per batch.
 ///
-/// The kernel owns a buffer from `submit` until `reap`, and no call in between waits for it or gives
-/// it up; `close` insists that nothing is in flight. Waiting costs one system call, reaping what is
-/// already complete costs none.
+/// The kernel owns a buffer from `submit` until `reap`, and no call in between waits for it or
+/// gives it up; `close` insists that nothing is in flight. Waiting costs one system call, reaping
+/// what is already complete costs none.
 class UringFile final : public File {
  public:
   /// Takes `scratch` over on success. `unsupported`, with the system's answer, where the kernel

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <random>
 #include <string>
 #include <vector>
@@ -167,15 +168,16 @@ class AttentionCase {
   std::vector<std::uint32_t> positions_;
 };
 
-/// Largest difference of out and lse; infinity where only one of two lse is empty.
+/// Largest difference of out and lse; infinity where only one of two lse is empty, and where a
+/// number is none: no bound holds for either.
 inline float largest_difference(const AttentionResult& a, const AttentionResult& b) {
   float largest = 0.0f;
   const auto compare = [&largest](const std::vector<float>& x, const std::vector<float>& y) {
     for (std::size_t i = 0; i < x.size(); ++i) {
       if (x[i] == y[i]) continue;
       const float difference = std::abs(x[i] - y[i]);
-      // Not-a-number must count as different, so the comparison is the other way round.
-      if (!(difference <= largest)) largest = difference;
+      largest = std::isnan(difference) ? std::numeric_limits<float>::infinity()
+                                       : std::max(largest, difference);
     }
   };
   compare(a.out, b.out);

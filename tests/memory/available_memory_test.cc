@@ -30,8 +30,9 @@ class AvailableMemoryTest : public testing::Test {
     std::ofstream(root_ / path) << text;
   }
   void write_meminfo(std::size_t available_mib) {
-    write("proc/meminfo", "MemTotal:       99999999 kB\nMemFree:               1 kB\nMemAvailable:   " +
-                              std::to_string(available_mib * 1024) + " kB\n");
+    write("proc/meminfo",
+          "MemTotal:       99999999 kB\nMemFree:               1 kB\nMemAvailable:   " +
+              std::to_string(available_mib * 1024) + " kB\n");
   }
 
   fs::path root_;
@@ -77,8 +78,8 @@ TEST_F(AvailableMemoryTest, GroupOfVersion1AtTheMountWherePathIsTheHosts) {
   write("proc/self/cgroup", "5:cpu:/a\n4:memory:/containers/1234\n0::/\n");
   write("cgroup/memory/memory.limit_in_bytes", std::to_string(64 * kMiB) + "\n");
   write("cgroup/memory/memory.usage_in_bytes", std::to_string(16 * kMiB) + "\n");
-  write("cgroup/memory/memory.stat", "cache 7\ntotal_inactive_file " + std::to_string(8 * kMiB) +
-                                         "\ntotal_active_file 0\n");
+  write("cgroup/memory/memory.stat",
+        "cache 7\ntotal_inactive_file " + std::to_string(8 * kMiB) + "\ntotal_active_file 0\n");
   EXPECT_EQ(available_memory_bytes(accounts_), 56 * kMiB);
 }
 

@@ -19,19 +19,40 @@ std::vector<BlockShape> good_shapes() {
       {.dtype = DType::kF16, .head_dim = 64, .value_dim = 64, .kv_heads = 3},
       {.dtype = DType::kBF16, .head_dim = 80, .value_dim = 80, .kv_heads = 32},
       {.dtype = DType::kF32, .head_dim = 96, .value_dim = 96, .kv_heads = 4, .tokens_per_block = 1},
-      {.dtype = DType::kBF16, .head_dim = 256, .value_dim = 256, .kv_heads = 16,
-       .kv_heads_per_block = 16, .tokens_per_block = 4},
+      {.dtype = DType::kBF16,
+       .head_dim = 256,
+       .value_dim = 256,
+       .kv_heads = 16,
+       .kv_heads_per_block = 16,
+       .tokens_per_block = 4},
       // A latent layout: one row per token, values a prefix of it.
-      {.dtype = DType::kBF16, .head_dim = 576, .value_dim = 512, .kv_heads = 1,
+      {.dtype = DType::kBF16,
+       .head_dim = 576,
+       .value_dim = 512,
+       .kv_heads = 1,
        .tokens_per_block = 1},
       // The smallest and the largest there is.
-      {.dtype = DType::kF16, .head_dim = 1, .value_dim = 1, .kv_heads = 1, .tokens_per_block = 1,
+      {.dtype = DType::kF16,
+       .head_dim = 1,
+       .value_dim = 1,
+       .kv_heads = 1,
+       .tokens_per_block = 1,
        .extent_bytes = 8192},
-      {.dtype = DType::kF32, .head_dim = 1024, .value_dim = 1024, .kv_heads = 64,
-       .kv_heads_per_block = 64, .tokens_per_block = 64, .extent_bytes = std::size_t{64} << 20},
+      {.dtype = DType::kF32,
+       .head_dim = 1024,
+       .value_dim = 1024,
+       .kv_heads = 64,
+       .kv_heads_per_block = 64,
+       .tokens_per_block = 64,
+       .extent_bytes = std::size_t{64} << 20},
       // Odd sizes, so that padding is not zero by luck.
-      {.dtype = DType::kF16, .head_dim = 7, .value_dim = 5, .kv_heads = 6, .kv_heads_per_block = 3,
-       .tokens_per_block = 5, .extent_bytes = 12288},
+      {.dtype = DType::kF16,
+       .head_dim = 7,
+       .value_dim = 5,
+       .kv_heads = 6,
+       .kv_heads_per_block = 3,
+       .tokens_per_block = 5,
+       .extent_bytes = 12288},
   };
 }
 
@@ -91,8 +112,8 @@ TEST(BlockLayout, BlocksFillTheExtentBehindItsHeader) {
     expect_disjoint(spans, layout.extent_bytes());
     // One more block, with its entry in the header, would not fit.
     const std::size_t more = entries + BlockLayout::kExtentHeaderEntryBytes;
-    const std::size_t header = (more + BlockLayout::kPageBytes - 1) / BlockLayout::kPageBytes *
-                               BlockLayout::kPageBytes;
+    const std::size_t header =
+        (more + BlockLayout::kPageBytes - 1) / BlockLayout::kPageBytes * BlockLayout::kPageBytes;
     EXPECT_GT(header + (layout.blocks_per_extent() + 1) * layout.block_bytes(),
               layout.extent_bytes());
     EXPECT_EQ(layout.tokens_per_extent(), layout.blocks_per_extent() * layout.tokens_per_block());
@@ -132,8 +153,13 @@ TEST(BlockLayout, BlockIdsGoBothWays) {
 }
 
 TEST(BlockLayout, FingerprintTellsEveryFieldApart) {
-  const BlockShape base = {.dtype = DType::kF16, .head_dim = 64, .value_dim = 64, .kv_heads = 8,
-                           .kv_heads_per_block = 2, .tokens_per_block = 8, .extent_bytes = 65536};
+  const BlockShape base = {.dtype = DType::kF16,
+                           .head_dim = 64,
+                           .value_dim = 64,
+                           .kv_heads = 8,
+                           .kv_heads_per_block = 2,
+                           .tokens_per_block = 8,
+                           .extent_bytes = 65536};
   std::vector<BlockShape> shapes(8, base);
   shapes[1].dtype = DType::kBF16;
   shapes[2].head_dim = 65;
@@ -175,11 +201,15 @@ TEST(BlockLayout, BadShapesNameTheFieldAndWhatWouldDo) {
       {"no tokens", {.tokens_per_block = 0}, "tokens_per_block is 0, expected 1 to 64"},
       {"long block", {.tokens_per_block = 65}, "tokens_per_block is 65, expected 1 to 64"},
       {"no head in a block", {.kv_heads_per_block = 0}, "kv_heads_per_block is 0, expected 1 to 8"},
-      {"more than there are", {.kv_heads_per_block = 9}, "kv_heads_per_block is 9, expected 1 to 8"},
+      {"more than there are",
+       {.kv_heads_per_block = 9},
+       "kv_heads_per_block is 9, expected 1 to 8"},
       {"no divisor", {.kv_heads_per_block = 3}, "kv_heads_per_block is 3, expected a divisor of"},
       {"no extent", {.extent_bytes = 0}, "extent_bytes is 0, expected 8192 to 67108864"},
       {"one page", {.extent_bytes = 4096}, "extent_bytes is 4096, expected 8192 to 67108864"},
-      {"half a page", {.extent_bytes = 10240}, "extent_bytes is 10240, expected a multiple of 4096"},
+      {"half a page",
+       {.extent_bytes = 10240},
+       "extent_bytes is 10240, expected a multiple of 4096"},
       {"absurd extent", {.extent_bytes = static_cast<std::size_t>(-4096)}, "expected 8192 to"},
       {"block beyond extent",
        {.kv_heads_per_block = 8, .tokens_per_block = 64, .extent_bytes = 65536},

@@ -19,11 +19,25 @@ constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
 // Ties, both sides of every tie, and the edges of normal, subnormal and infinite values.
 std::vector<float> rounding_cases(float unit, float smallest_normal, float largest) {
-  std::vector<float> cases = {0.0f, 1.0f, 1.0f + unit / 2, 1.0f + 3 * unit / 2, largest,
-                              smallest_normal, smallest_normal / 2, smallest_normal * 0.75f,
-                              smallest_normal * unit, smallest_normal * unit / 2,
-                              smallest_normal * unit * 1.5f, FLT_MIN, FLT_TRUE_MIN, FLT_MAX,
-                              65504.0f, 65519.0f, 65520.0f, 65536.0f, kInfinity};
+  std::vector<float> cases = {0.0f,
+                              1.0f,
+                              1.0f + unit / 2,
+                              1.0f + 3 * unit / 2,
+                              largest,
+                              smallest_normal,
+                              smallest_normal / 2,
+                              smallest_normal * 0.75f,
+                              smallest_normal * unit,
+                              smallest_normal * unit / 2,
+                              smallest_normal * unit * 1.5f,
+                              FLT_MIN,
+                              FLT_TRUE_MIN,
+                              FLT_MAX,
+                              65504.0f,
+                              65519.0f,
+                              65520.0f,
+                              65536.0f,
+                              kInfinity};
   const std::size_t plain = cases.size();
   for (std::size_t i = 0; i < plain; ++i) {
     cases.push_back(std::nextafterf(cases[i], kInfinity));
@@ -78,9 +92,9 @@ TEST(DType, KnownF16Values) {
   EXPECT_TRUE(std::signbit(f16_to_f32(0x8000)));
   EXPECT_EQ(f32_to_f16(65519.996f), 0x7BFF);
   EXPECT_EQ(f32_to_f16(65520.0f), 0x7C00);
-  EXPECT_EQ(f32_to_f16(0x1p-25f), 0x0000);             // Halfway to the smallest: to even.
+  EXPECT_EQ(f32_to_f16(0x1p-25f), 0x0000);  // Halfway to the smallest: to even.
   EXPECT_EQ(f32_to_f16(std::nextafterf(0x1p-25f, 1.0f)), 0x0001);
-  EXPECT_EQ(f32_to_f16(1.0f + 0x1p-11f), 0x3C00);      // Tie to even, down and up.
+  EXPECT_EQ(f32_to_f16(1.0f + 0x1p-11f), 0x3C00);  // Tie to even, down and up.
   EXPECT_EQ(f32_to_f16(1.0f + 3 * 0x1p-11f), 0x3C02);
   EXPECT_TRUE(std::isnan(f16_to_f32(f32_to_f16(kNan))));
   // A NaN whose payload lies in the bits that are cut off must not turn into infinity.
@@ -89,7 +103,7 @@ TEST(DType, KnownF16Values) {
 
 TEST(DType, KnownBF16Values) {
   EXPECT_EQ(bf16_to_f32(0x3F80), 1.0f);
-  EXPECT_EQ(f32_to_bf16(1.0f + 0x1p-8f), 0x3F80);      // Tie to even, down and up.
+  EXPECT_EQ(f32_to_bf16(1.0f + 0x1p-8f), 0x3F80);  // Tie to even, down and up.
   EXPECT_EQ(f32_to_bf16(1.0f + 3 * 0x1p-8f), 0x3F82);
   EXPECT_EQ(f32_to_bf16(FLT_MAX), 0x7F80);
   EXPECT_EQ(f32_to_bf16(-kInfinity), 0xFF80);
@@ -115,9 +129,8 @@ TEST(DType, BF16RoundsToTheNearest) {
     const auto above = static_cast<std::uint16_t>(below + 1);
     const std::uint16_t got = f32_to_bf16(value);
     // As if the exponent had no end: the value beyond the largest is where infinity stands.
-    const double high = (above & 0x7FFFu) == 0x7F80u
-                            ? std::copysign(0x1p128, value)
-                            : static_cast<double>(bf16_to_f32(above));
+    const double high = (above & 0x7FFFu) == 0x7F80u ? std::copysign(0x1p128, value)
+                                                     : static_cast<double>(bf16_to_f32(above));
     const double to_below = std::abs(value - static_cast<double>(bf16_to_f32(below)));
     const double to_above = std::abs(high - value);
     if (to_below == to_above) {

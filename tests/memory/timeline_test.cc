@@ -12,7 +12,10 @@ namespace kvtier {
 namespace {
 
 TimelineEvent event(std::uint64_t bytes) {
-  return {.track = Track::kFetch, .name = "fetch", .start = Duration{1}, .duration = Duration{2},
+  return {.track = Track::kFetch,
+          .name = "fetch",
+          .start = Duration{1},
+          .duration = Duration{2},
           .bytes = bytes};
 }
 

@@ -38,26 +38,28 @@ struct ThirdParty {
 };
 // A home of "" is every folder. Matched in this order, by the beginning of the included path.
 constexpr ThirdParty kThirdParty[] = {
-    {"fmt/", ""},           {"hwloc", "memory"},    {"tbb/", "kernels"},    {"oneapi/", "kernels"},
-    {"hwy/", "kernels"},    {"xxhash", "kernels"},  {"cuda", "kernels"},    {"cub/", "kernels"},
-    {"liburing", "transfer"}, {"CLI/", "tools"},    {"nlohmann/", "tools"}, {"openssl/", "tools"},
+    {"fmt/", ""},           {"hwloc", "memory"},    {"tbb/", "kernels"},
+    {"oneapi/", "kernels"}, {"hwy/", "kernels"},    {"xxhash", "kernels"},
+    {"cuda", "kernels"},    {"cub/", "kernels"},    {"liburing", "transfer"},
+    {"CLI/", "tools"},      {"nlohmann/", "tools"}, {"openssl/", "tools"},
     {"gtest/", "tests"},    {"gmock/", "tests"},
 };
 
 // Headers of the system: C++'s own have neither dot nor slash.
 bool is_system_header(const std::string& path) {
   static const std::set<std::string> kFiles = {
-      "aio.h",      "arm_neon.h", "cpuid.h",    "dirent.h", "dlfcn.h",  "emmintrin.h", "errno.h",
-      "fcntl.h",    "getopt.h",   "immintrin.h", "limits.h", "poll.h",  "pthread.h",   "sched.h", "spawn.h", "termios.h",
-      "signal.h",   "stdint.h",   "stdlib.h",   "string.h", "syscall.h", "time.h",     "unistd.h",
-      "x86intrin.h"};
+      "aio.h",     "arm_neon.h", "cpuid.h",   "dirent.h",    "dlfcn.h",  "emmintrin.h",
+      "errno.h",   "fcntl.h",    "getopt.h",  "immintrin.h", "limits.h", "poll.h",
+      "pthread.h", "sched.h",    "spawn.h",   "termios.h",   "signal.h", "stdint.h",
+      "stdlib.h",  "string.h",   "syscall.h", "time.h",      "unistd.h", "x86intrin.h"};
   if (path.find_first_of("./") == std::string::npos || kFiles.count(path) > 0) return true;
   return path.starts_with("sys/") || path.starts_with("linux/") || path.starts_with("asm/");
 }
 
 const ThirdParty* find_third_party(const std::string& path) {
-  const auto* found = std::find_if(std::begin(kThirdParty), std::end(kThirdParty),
-                                   [&](const ThirdParty& row) { return path.starts_with(row.prefix); });
+  const auto* found =
+      std::find_if(std::begin(kThirdParty), std::end(kThirdParty),
+                   [&](const ThirdParty& row) { return path.starts_with(row.prefix); });
   return found == std::end(kThirdParty) ? nullptr : found;
 }
 
@@ -103,8 +105,10 @@ std::optional<std::string> why_not(const std::string& file, const std::string& i
   if (is_system_header(included)) return std::nullopt;
   const std::string target = folder_of(included);
   if (kMayInclude.count(target) == 0) {
-    return fmt::format("includes {}, which is neither of ours by its path from the root nor a third "
-                       "party with a home", included);
+    return fmt::format(
+        "includes {}, which is neither of ours by its path from the root nor a third "
+        "party with a home",
+        included);
   }
   const std::set<std::string>& allowed = kMayInclude.at(folder);
   if (allowed.count(target) == 0) {

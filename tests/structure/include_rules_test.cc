@@ -92,7 +92,8 @@ TEST(IncludeRules, WrongEdgesAreCaught) {
   for (const Edge& edge : edges) {
     const SourceTree tree = {
         {edge.file, fmt::format("// First line.\n  #  include {}  // why\n", edge.included)}};
-    EXPECT_THAT(broken_rules(tree), ElementsAre(HasSubstr(fmt::format("{}:2: includes", edge.file))))
+    EXPECT_THAT(broken_rules(tree),
+                ElementsAre(HasSubstr(fmt::format("{}:2: includes", edge.file))))
         << edge.included;
   }
 }
@@ -106,8 +107,9 @@ TEST(IncludeRules, PublicHeadersBringNoThirdPartyAlong) {
   };
   EXPECT_THAT(broken_rules(tree), IsEmpty());
   tree["runtime/runtime.cc"] = "#include \"transfer/file.h\"\n";
-  EXPECT_THAT(broken_rules(tree),
-              ElementsAre("runtime/runtime.cc:1: includes transfer/file.h, which brings liburing.h along"));
+  EXPECT_THAT(
+      broken_rules(tree),
+      ElementsAre("runtime/runtime.cc:1: includes transfer/file.h, which brings liburing.h along"));
 }
 
 TEST(IncludeRules, EnvironmentBelongsToTools) {
@@ -122,9 +124,9 @@ TEST(IncludeRules, EnvironmentBelongsToTools) {
 
 TEST(IncludeRules, CudaBelongsToKernels) {
   EXPECT_THAT(broken_rules({{"kernels/gather_blocks.cu", ""}}), IsEmpty());
-  EXPECT_THAT(broken_rules({{"runtime/step.cu", ""}, {"transfer/copy.cuh", ""}}),
-              ElementsAre(HasSubstr("runtime/step.cu:1: CUDA"),
-                          HasSubstr("transfer/copy.cuh:1: CUDA")));
+  EXPECT_THAT(
+      broken_rules({{"runtime/step.cu", ""}, {"transfer/copy.cuh", ""}}),
+      ElementsAre(HasSubstr("runtime/step.cu:1: CUDA"), HasSubstr("transfer/copy.cuh:1: CUDA")));
 }
 
 }  // namespace

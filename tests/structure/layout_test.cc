@@ -13,8 +13,8 @@ namespace fs = std::filesystem;
 
 const std::set<std::string> kFolders = {"kernels", "memory", "runtime", "selectors",
                                         "tests",   "tools",  "transfer"};
-const std::set<std::string> kFiles = {"CHANGELOG.md",      "CMakeLists.txt", "CMakePresets.json",
-                                      "LICENSE",           "README.md",      "pyproject.toml"};
+const std::set<std::string> kFiles = {"CHANGELOG.md", "CMakeLists.txt", "CMakePresets.json",
+                                      "LICENSE",      "README.md",      "pyproject.toml"};
 // What tools leave behind; all of it is ignored by git.
 const std::set<std::string> kIgnored = {"build", "compile_commands.json"};
 
@@ -22,7 +22,8 @@ const std::set<std::string> kIgnored = {"build", "compile_commands.json"};
 std::vector<std::string> strangers(const std::set<std::string>& names) {
   std::vector<std::string> found;
   for (const std::string& name : names) {
-    const bool known = kFolders.count(name) > 0 || kFiles.count(name) > 0 || kIgnored.count(name) > 0;
+    const bool known =
+        kFolders.count(name) > 0 || kFiles.count(name) > 0 || kIgnored.count(name) > 0;
     if (!known && !name.starts_with('.')) found.push_back(name);
   }
   return found;

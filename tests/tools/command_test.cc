@@ -26,7 +26,9 @@ std::size_t line_count(const std::string& text) {
 }
 
 TEST(Command, HelpFitsAScreenAndShowsExamples) {
-  for (const auto& arguments : {std::vector<std::string>{"--help"}, {"inspect", "--help"}}) {
+  const std::vector<std::vector<std::string>> commands = {
+      {"--help"}, {"inspect", "--help"}, {"bench", "attention", "--help"}};
+  for (const std::vector<std::string>& arguments : commands) {
     const Outcome outcome = run_kvtier(arguments);
     EXPECT_EQ(outcome.exit_code, 0);
     EXPECT_EQ(outcome.errors, "");
@@ -34,7 +36,7 @@ TEST(Command, HelpFitsAScreenAndShowsExamples) {
     const std::size_t examples = outcome.output.find("Examples:");
     ASSERT_NE(examples, std::string::npos) << outcome.output;
     EXPECT_THAT(outcome.output.substr(examples),
-                testing::ContainsRegex("  kvtier [^\n]+\n  kvtier [^\n]+"));
+                testing::ContainsRegex("\n *kvtier [^\n]+\n *kvtier [^\n]+"));
   }
   EXPECT_THAT(run_kvtier({"inspect", "--help"}).output, HasSubstr("default: table"));
 }

@@ -188,14 +188,16 @@ ordered_json make_turns(const MakeTraceOptions& options, const std::vector<Token
   for (std::uint32_t i = 0; i < count; ++i) {
     const std::uint32_t start = context + options.steps * i / count;
     const std::uint32_t end = context + options.steps * (i + 1) / count;
-    turns.push_back({{"question", fmt::format("What is fact {}?", i)},
-                     {"answer", fmt::format("It is {}.", i)},
-                     {"expected", std::vector{fmt::format("{}", i)}},
-                     {"solved_by_full_attention", i == 0},
-                     {"question_start", start},
-                     {"answer_start", start + (end - start) / 2},
-                     {"end", end},
-                     {"evidence", std::vector{std::vector{evidence[i].begin, evidence[i].end}}}});
+    turns.push_back(
+        {{"question", fmt::format("What is fact {}?", i)},
+         {"answer", fmt::format("It is {}.", i)},
+         {"expected", std::vector{fmt::format("{}", i)}},
+         {"solved_by_full_attention", i == 0},
+         {"question_start", start},
+         {"answer_start", start + (end - start) / 2},
+         {"end", end},
+         {"evidence",
+          ordered_json::array({ordered_json::array({evidence[i].begin, evidence[i].end})})}});
   }
   return turns;
 }

@@ -124,8 +124,9 @@ TEST_F(ExtentFormatTest, MessagesNameFieldFoundAndExpected) {
   const struct {
     std::size_t at;
     const char* field;
-  } kCases[] = {{0, "magic"}, {8, "version is 0x2, expected 0x1"}, {12, "block count"},
-                {16, "layout fingerprint"}, {56, "checksum"}, {70, "checksum"}};
+  } kCases[] = {{0, "magic"},        {8, "version is 0x2, expected 0x1"},
+                {12, "block count"}, {16, "layout fingerprint"},
+                {56, "checksum"},    {70, "checksum"}};
   for (const auto& expected : kCases) {
     AlignedBuffer copy(memory_.bytes().size());
     std::copy(memory_.bytes().begin(), memory_.bytes().end(), copy.bytes().begin());

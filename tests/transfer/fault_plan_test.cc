@@ -46,8 +46,9 @@ TEST(FaultPlanTest, NothingInjectsNothing) {
 }
 
 TEST(FaultPlanTest, CanonicalFormReadsBackAsItself) {
-  for (const char* spec : {"seed=0", "eio:disk:0.0001,seed=3", "bitflip:disk:1,bitflip:link:1,seed=1",
-                           "rot:disk:1e-09,delay:disk:0.125,seed=18446744073709551615"}) {
+  for (const char* spec :
+       {"seed=0", "eio:disk:0.0001,seed=3", "bitflip:disk:1,bitflip:link:1,seed=1",
+        "rot:disk:1e-09,delay:disk:0.125,seed=18446744073709551615"}) {
     const auto plan = FaultPlan::parse(spec);
     ASSERT_TRUE(plan.ok()) << plan.status().to_string();
     EXPECT_EQ(plan->to_string(), spec);
@@ -72,22 +73,18 @@ TEST_P(BadFaultPlanTest, IsRefusedByName) {
 
 INSTANTIATE_TEST_SUITE_P(
     Table, BadFaultPlanTest,
-    ::testing::Values(BadSpec{"flip:0.1", "unknown kind 'flip'"}, BadSpec{"eio", "no rate"},
-                      BadSpec{"eio:", "'' is not a rate"}, BadSpec{"eio:1.5", "'1.5' is not a rate"},
-                      BadSpec{"eio:-0.1", "'-0.1' is not a rate"},
-                      BadSpec{"eio:nan", "'nan' is not a rate"},
-                      BadSpec{"eio:inf", "'inf' is not a rate"},
-                      BadSpec{"eio:0.1x", "'0.1x' is not a rate"},
-                      BadSpec{"eio:0,1", "unknown kind '1'"},
-                      BadSpec{"eio:tape:0.1", "unknown target 'tape'"},
-                      BadSpec{"eio:link:0.1", "a link takes bitflip only"},
-                      BadSpec{"eio:disk:0.1:2", "too many fields"},
-                      BadSpec{"eio:0.1,,rot:0.1", "unknown kind ''"},
-                      BadSpec{",", "unknown kind ''"}, BadSpec{"eio:0.1,eio:disk:0.2", "given twice"},
-                      BadSpec{"seed=1,seed=2", "given twice"}, BadSpec{"seed=", "not a whole number"},
-                      BadSpec{"seed=-1", "not a whole number"},
-                      BadSpec{"seed=0x7", "not a whole number"},
-                      BadSpec{" eio:0.1", "unknown kind ' eio'"}));
+    ::testing::Values(
+        BadSpec{"flip:0.1", "unknown kind 'flip'"}, BadSpec{"eio", "no rate"},
+        BadSpec{"eio:", "'' is not a rate"}, BadSpec{"eio:1.5", "'1.5' is not a rate"},
+        BadSpec{"eio:-0.1", "'-0.1' is not a rate"}, BadSpec{"eio:nan", "'nan' is not a rate"},
+        BadSpec{"eio:inf", "'inf' is not a rate"}, BadSpec{"eio:0.1x", "'0.1x' is not a rate"},
+        BadSpec{"eio:0,1", "unknown kind '1'"}, BadSpec{"eio:tape:0.1", "unknown target 'tape'"},
+        BadSpec{"eio:link:0.1", "a link takes bitflip only"},
+        BadSpec{"eio:disk:0.1:2", "too many fields"},
+        BadSpec{"eio:0.1,,rot:0.1", "unknown kind ''"}, BadSpec{",", "unknown kind ''"},
+        BadSpec{"eio:0.1,eio:disk:0.2", "given twice"}, BadSpec{"seed=1,seed=2", "given twice"},
+        BadSpec{"seed=", "not a whole number"}, BadSpec{"seed=-1", "not a whole number"},
+        BadSpec{"seed=0x7", "not a whole number"}, BadSpec{" eio:0.1", "unknown kind ' eio'"}));
 
 TEST(FaultDrawTest, RatesAreMetAndInputsMatter) {
   constexpr int kDraws = 100000;

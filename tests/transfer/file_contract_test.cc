@@ -75,7 +75,8 @@ struct KindName {
   template <typename Kind>
   static std::string GetName(int) {
     std::string name = Kind::kName;
-    std::replace_if(name.begin(), name.end(), [](char c) { return c == '(' || c == ')'; }, '_');
+    std::replace_if(
+        name.begin(), name.end(), [](char c) { return c == '(' || c == ')'; }, '_');
     return name;
   }
 };
@@ -290,7 +291,7 @@ TYPED_TEST(FileContractTest, WakeEndsAWaitAndHarmsNothing) {
 }
 
 TYPED_TEST(FileContractTest, MisalignedOperationsAreBugs) {
-  ::testing::GTEST_FLAG(death_test_style) = "threadsafe";
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
   AlignedBuffer buffer(2 * kPage);
   FileOperation read = read_operation(512, buffer.part(0, kPage));
   EXPECT_DEATH(run_one(*this->file_, read), "not aligned");

@@ -3,22 +3,19 @@
 #include "tests/transfer/aligned_buffer.h"
 #include "tests/transfer/test_files.h"
 
-#include <gtest/gtest.h>
-
 #include <fcntl.h>
-#include <linux/audit.h>
+#include <gtest/gtest.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
 #include <sys/prctl.h>
-#include <sys/statvfs.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <cerrno>
 #include <cstddef>
 #include <filesystem>
-#include <functional>
 #include <iostream>
+#include <iterator>
 
 namespace kvtier {
 namespace {
@@ -51,7 +48,8 @@ class OpenFileTest : public ::testing::Test {
 };
 
 // Makes the kernel answer `error` to a system call, for the rest of the process: what a container's
-// filter or a lesser file system does. With `mask`, only when the third argument has one of its bits.
+// filter or a lesser file system does. With `mask`, only when the third argument has one of its
+// bits.
 void refuse(long number, int error, std::uint32_t mask = 0) {
   const auto answer = SECCOMP_RET_ERRNO | static_cast<std::uint32_t>(error);
   sock_filter rules[] = {
@@ -178,7 +176,7 @@ class RefusedFileTest : public OpenFileTest {
  protected:
   void SetUp() override {
     OpenFileTest::SetUp();
-    ::testing::GTEST_FLAG(death_test_style) = "fast";
+    GTEST_FLAG_SET(death_test_style, "fast");
     if (!system_is_complete(options())) GTEST_SKIP() << "this system refuses something already";
   }
   static bool good_or_unknown(int status) {
@@ -249,9 +247,9 @@ TEST_F(RefusedFileTest, BuffersThatCannotBeRegisteredAreSaidAndWorkOn) {
         if (!opened.ok()) ::_exit(1);
         AlignedBuffer buffer(kPage);
         const std::span<std::byte> range = buffer.bytes();
-        const bool said = (*opened)->register_buffers({&range, 1}).ok() &&
-                          (*opened)->traits().reason.find("buffers are not registered") !=
-                              std::string::npos;
+        const bool said =
+            (*opened)->register_buffers({&range, 1}).ok() &&
+            (*opened)->traits().reason.find("buffers are not registered") != std::string::npos;
         FileOperation read = test::read_operation(0, buffer.bytes());
         test::run_one(**opened, read);
         const bool closed = (*opened)->close().ok();

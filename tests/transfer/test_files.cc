@@ -30,9 +30,9 @@ std::string scratch_directory() {
 }
 
 OpenedFile open_memory(std::uint64_t bytes, std::uint32_t queue_depth) {
-  return {std::make_unique<MemoryFile>(
-              MemoryFile::Options{.bytes = bytes, .queue_depth = queue_depth}),
-          ""};
+  return {
+      std::make_unique<MemoryFile>(MemoryFile::Options{.bytes = bytes, .queue_depth = queue_depth}),
+      ""};
 }
 
 OpenedFile open_uring(std::uint64_t bytes, std::uint32_t queue_depth) {

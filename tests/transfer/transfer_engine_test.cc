@@ -6,7 +6,6 @@
 #include <gtest/gtest.h>
 
 #include <array>
-#include <optional>
 #include <vector>
 
 // The engine over files that really hold bytes, with and without threads.
@@ -66,13 +65,16 @@ class TransferEngineTest : public ::testing::TestWithParam<Setting> {
 
   static TransferRequest disk(Route route, std::size_t place, std::span<std::byte> buffer,
                               Priority priority = Priority::kDemand) {
-    return {.route = route, .priority = priority, .offset = place * kPlace, .buffer = buffer,
+    return {.route = route,
+            .priority = priority,
+            .offset = place * kPlace,
+            .buffer = buffer,
             .spans = {}};
   }
 
   static TransferRequest link(Route route, std::span<const CopySpan> spans) {
-    return {.route = route, .priority = Priority::kDemand, .offset = 0, .buffer = {},
-            .spans = spans};
+    return {
+        .route = route, .priority = Priority::kDemand, .offset = 0, .buffer = {}, .spans = spans};
   }
 
   SteadyClock clock_;
@@ -81,15 +83,14 @@ class TransferEngineTest : public ::testing::TestWithParam<Setting> {
   std::unique_ptr<TransferEngine> engine_;
 };
 
-INSTANTIATE_TEST_SUITE_P(
-    All, TransferEngineTest,
-    ::testing::Values(Setting{"inline_memory", false, test::open_memory},
-                      Setting{"inline_uring", false, test::open_uring},
-                      Setting{"inline_posix", false, test::open_posix},
-                      Setting{"threads_memory", true, test::open_memory},
-                      Setting{"threads_uring", true, test::open_uring},
-                      Setting{"threads_posix", true, test::open_posix}),
-    [](const auto& info) { return info.param.name; });
+INSTANTIATE_TEST_SUITE_P(All, TransferEngineTest,
+                         ::testing::Values(Setting{"inline_memory", false, test::open_memory},
+                                           Setting{"inline_uring", false, test::open_uring},
+                                           Setting{"inline_posix", false, test::open_posix},
+                                           Setting{"threads_memory", true, test::open_memory},
+                                           Setting{"threads_uring", true, test::open_uring},
+                                           Setting{"threads_posix", true, test::open_posix}),
+                         [](const auto& info) { return info.param.name; });
 
 TEST_P(TransferEngineTest, BytesGoRoundAllFourRoutes) {
   AlignedBuffer device(kPlace);
@@ -200,8 +201,7 @@ TEST_P(TransferEngineTest, NothingToMoveIsDoneAtOnce) {
 }
 
 TEST_P(TransferEngineTest, MissingTierIsUnsupported) {
-  auto opened =
-      TransferEngine::open({.threads = GetParam().threads}, clock_, nullptr, link_.get());
+  auto opened = TransferEngine::open({.threads = GetParam().threads}, clock_, nullptr, link_.get());
   ASSERT_TRUE(opened.ok());
   AlignedBuffer buffer(kPlace);
   const auto refused = (*opened)->submit(disk(Route::kDiskToHost, 0, buffer.bytes()));
@@ -214,7 +214,8 @@ TEST_P(TransferEngineTest, CancelAlwaysEndsInATerminalState) {
   for (int round = 0; round < 5; ++round) {
     std::vector<Transfer> transfers;
     for (std::size_t place = 0; place < kPlaces; ++place) {
-      transfers.push_back(submit(disk(Route::kDiskToHost, place, memory.part(place * kPlace, kPlace))));
+      transfers.push_back(
+          submit(disk(Route::kDiskToHost, place, memory.part(place * kPlace, kPlace))));
     }
     if (round % 2 == 1) engine_->progress();
     for (Transfer& transfer : transfers) transfer.cancel();
@@ -230,8 +231,7 @@ TEST_P(TransferEngineTest, CancelAlwaysEndsInATerminalState) {
 
 TEST_P(TransferEngineTest, ReadBehindTheEndFailsAfterItsRestarts) {
   AlignedBuffer buffer(2 * kPlace);
-  const Status status =
-      submit(disk(Route::kDiskToHost, kPlaces - 1, buffer.bytes())).wait();
+  const Status status = submit(disk(Route::kDiskToHost, kPlaces - 1, buffer.bytes())).wait();
   EXPECT_EQ(status.code(), StatusCode::kIoError);
   const RouteStats stats = engine_->stats(Route::kDiskToHost);
   EXPECT_EQ(stats.short_transfers, 3U);
@@ -289,7 +289,7 @@ TEST_P(TransferEngineTest, TimelineGetsOneEventPerTransfer) {
 }
 
 TEST_P(TransferEngineTest, EngineLeftOpenIsABug) {
-  ::testing::GTEST_FLAG(death_test_style) = "threadsafe";
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
   EXPECT_DEATH(engine_.reset(), "without close");
 }
 

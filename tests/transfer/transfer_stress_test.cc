@@ -33,7 +33,8 @@ constexpr std::uint32_t kTransfersMax = kClients * (kWindow - 1) + 1;
 
 OpenedFile open_faulty(std::uint64_t bytes, std::uint32_t queue_depth) {
   // Kinds that the engine must report or repair; those that lie are for the runtime's checksums.
-  const auto plan = FaultPlan::parse("shortread:0.1,eio:0.02,writeeio:0.02,enospc:0.02,delay:0.3,seed=11");
+  const auto plan =
+      FaultPlan::parse("shortread:0.1,eio:0.02,writeeio:0.02,enospc:0.02,delay:0.3,seed=11");
   return test::wrap_faulty(test::open_memory(bytes, queue_depth), *plan, nullptr);
 }
 
@@ -87,12 +88,12 @@ class Client {
       fill_pattern(memory(slot), 0);
     }
     while (true) {
-      auto submitted = engine_.submit({.route = pending.is_store ? Route::kHostToDisk
-                                                                 : Route::kDiskToHost,
-                                       .priority = static_cast<Priority>(random_() % 3),
-                                       .offset = (first_place_ + pending.place) * kPlace,
-                                       .buffer = memory(slot),
-                                       .spans = {}});
+      auto submitted =
+          engine_.submit({.route = pending.is_store ? Route::kHostToDisk : Route::kDiskToHost,
+                          .priority = static_cast<Priority>(random_() % 3),
+                          .offset = (first_place_ + pending.place) * kPlace,
+                          .buffer = memory(slot),
+                          .spans = {}});
       if (submitted.ok()) {
         pending.transfer = std::move(submitted).value();
         break;
@@ -143,8 +144,9 @@ TEST_P(TransferStressTest, EveryLoadIsWhatWasStored) {
   OpenedFile opened = GetParam().open(kFileBytes, 8);
   if (opened.file == nullptr) GTEST_SKIP() << opened.refusal;
   SteadyClock clock;
-  auto engine = TransferEngine::open({.max_transfers = kTransfersMax, .in_flight_bytes_max = 4 * kPlace},
-                                     clock, opened.file.get(), nullptr);
+  auto engine =
+      TransferEngine::open({.max_transfers = kTransfersMax, .in_flight_bytes_max = 4 * kPlace},
+                           clock, opened.file.get(), nullptr);
   ASSERT_TRUE(engine.ok());
   std::vector<std::unique_ptr<Client>> clients;
   for (std::size_t i = 0; i < kClients; ++i) {

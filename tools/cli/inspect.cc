@@ -59,8 +59,9 @@ Result<Inspection> inspect_path(const std::string& path) {
   KVTIER_ASSIGN_OR_RETURN(const nlohmann::json document, parse_json(bytes, path, "content"));
   const JsonField root(document, path);
   KVTIER_ASSIGN_OR_RETURN(const std::optional<JsonField> schema, root.optional_member("schema"));
-  if (schema && schema->value() == TraceManifest::kSchema) return inspect_trace(path);
-  if (schema && schema->value() == ReplayResultSummary::kSchema) {
+  if (schema && schema->value() == nlohmann::json(TraceManifest::kSchema))
+    return inspect_trace(path);
+  if (schema && schema->value() == nlohmann::json(ReplayResultSummary::kSchema)) {
     KVTIER_ASSIGN_OR_RETURN(const ReplayResultSummary result,
                             ReplayResultSummary::check(document, path));
     return Inspection{"replay_result", "sha256:" + sha256_hex(bytes), replay_result_table(result),

@@ -55,7 +55,8 @@ CLI::Option* add_values(CLI::App& app, const std::string& name, std::vector<T>& 
       },
       help);
   // One value per occurrence, so that a positional argument may follow.
-  option->expected(1)->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
+  option->expected(1)->allow_extra_args(false);
+  option->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
   if (!shown_default.empty()) option->default_str(shown_default);
   return option->type_name("");
 }

@@ -3,7 +3,6 @@
 #include "memory/ids.h"
 #include "tools/trace/json_document.h"
 
-#include <array>
 #include <limits>
 
 namespace kvtier {
@@ -18,7 +17,7 @@ Result<std::optional<double>> read_ratio(const JsonField& parent, std::string_vi
                                          double most) {
   KVTIER_ASSIGN_OR_RETURN(const std::optional<JsonField> field, parent.optional_member(key));
   if (!field) {
-    if (parent.value().contains(key)) return std::optional<double>();
+    if (parent.value().contains(std::string(key))) return std::optional<double>();
     return parent.member(key).status();
   }
   KVTIER_ASSIGN_OR_RETURN(const double ratio, field->as_number());
@@ -105,7 +104,8 @@ Result<ReplayResultSummary> ReplayResultSummary::check(const nlohmann::json& doc
                                                        const std::string& file) {
   const JsonField root(document, file);
   KVTIER_ASSIGN_OR_RETURN(const JsonField schema, root.member("schema"));
-  if (schema.value() != kSchema) return schema.mismatch(fmt::format("\"{}\"", kSchema));
+  if (schema.value() != nlohmann::json(kSchema))
+    return schema.mismatch(fmt::format("\"{}\"", kSchema));
   KVTIER_ASSIGN_OR_RETURN(const JsonField version, root.member("version"));
   if (version.value() != kVersion) {
     return version.mismatch(fmt::format("{}", kVersion), "written by another release");

@@ -9,6 +9,8 @@
 #include <algorithm>
 #include <filesystem>
 #include <limits>
+#include <system_error>
+#include <utility>
 
 namespace kvtier {
 namespace {

@@ -122,7 +122,8 @@ Result<JsonField> JsonField::member(std::string_view key) const {
   KVTIER_ASSIGN_OR_RETURN(const std::optional<JsonField> found, optional_member(key));
   if (found) return *found;
   const std::string path = path_.empty() ? std::string(key) : fmt::format("{}.{}", path_, key);
-  return input_error(file_, path, value_->contains(key) ? "null" : "nothing", "the field");
+  return input_error(file_, path, value_->contains(std::string(key)) ? "null" : "nothing",
+                     "the field");
 }
 
 Result<std::optional<JsonField>> JsonField::optional_member(std::string_view key) const {

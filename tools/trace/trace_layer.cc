@@ -40,7 +40,9 @@ std::size_t first_not_finite(std::span<const std::byte> bytes, Bits exponent) {
   for (std::size_t begin = 0; begin < count; begin += kChunk) {
     const std::size_t end = std::min(count, begin + kChunk);
     unsigned found = 0;
-    for (std::size_t i = begin; i < end; ++i) found |= (elements[i] & exponent) == exponent;
+    for (std::size_t i = begin; i < end; ++i) {
+      found |= (elements[i] & exponent) == exponent ? 1u : 0u;
+    }
     if (found == 0) continue;
     for (std::size_t i = begin; i < end; ++i) {
       if ((elements[i] & exponent) == exponent) return i;

@@ -51,7 +51,7 @@ Status read_optional_positive(const JsonField& parent, std::string_view key, dou
 // An unknown version may mean anything by the other fields, so this comes before all of them.
 Status check_schema(const JsonField& root) {
   KVTIER_ASSIGN_OR_RETURN(const JsonField schema, root.member("schema"));
-  if (schema.value() != TraceManifest::kSchema) {
+  if (schema.value() != nlohmann::json(TraceManifest::kSchema)) {
     return schema.mismatch(fmt::format("\"{}\"", TraceManifest::kSchema));
   }
   KVTIER_ASSIGN_OR_RETURN(const JsonField version, root.member("version"));

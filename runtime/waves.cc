@@ -1,0 +1,262 @@
+#include "memory/check.h"
+#include "runtime/sequence_state.h"
+
+#include <algorithm>
+#include <limits>
+
+namespace kvtier {
+
+// --- Waves: what fits on the device at once is fetched, attended, let go.
+
+Status Sequence::State::run_waves(const StepRequest& request, StepTiming& timing) {
+  const std::size_t rows = std::size_t{request.query_count} * runtime.options.query_heads;
+  std::fill_n(request.out, rows * runtime.layout.value_dim(), 0.0f);
+  std::fill_n(request.lse, rows, kEmptyLse);
+  failures.clear();
+  const Duration resolve_start = runtime.now();
+  const auto items = static_cast<std::uint32_t>(work.size());
+  const std::uint32_t hits = runtime.options.deterministic ? 0 : put_hits_first();
+  // When not everything fits, half of the slots hold what is attended and half what arrives.
+  const std::uint32_t available = runtime.map->available();
+  const std::uint32_t slots_max = items <= available ? available : available / 2;
+  timing.resolve += runtime.now() - resolve_start;
+
+  Status status;
+  int turn = 0;
+  std::uint32_t begin = 0;
+  std::uint32_t end = plan_wave(0, hits, slots_max, *runtime.waves[0]);
+  runtime.waves[0]->begin();
+  while (begin < items) {
+    if (end == begin) return no_space("no device slot or host frame is left for a step's blocks");
+    ++runtime.wave_count;
+    const Duration fetch_start = runtime.now();
+    runtime.waves[static_cast<std::size_t>(turn)]->finish(failures);
+    timing.fetch += runtime.now() - fetch_start;
+    runtime.record(Track::kFetch, "wait", fetch_start, runtime.now(), 0);
+    if (!failures.empty()) {
+      release_wave(begin, end);
+      fail_outputs(request);
+      return {failures.front().code, failures.front().message};
+    }
+    turn = 1 - turn;
+    WaveFetch& next = *runtime.waves[static_cast<std::size_t>(turn)];
+    std::uint32_t next_end = plan_wave(end, hits, slots_max, next);
+    next.begin();
+    if (status.ok()) status = attend_wave(request, begin, end, timing);
+    release_wave(begin, end);
+    if (next_end == end && end < items) {
+      // Nothing fitted beside the wave that has just ended.
+      next_end = plan_wave(end, hits, slots_max, next);
+      next.begin();
+    }
+    begin = end;
+    end = next_end;
+  }
+  if (!status.ok()) {
+    fail_outputs(request);
+    return status;
+  }
+  finish_outputs(request);
+  return {};
+}
+
+// Resident blocks come first: they are attended while the others are on their way.
+std::uint32_t Sequence::State::put_hits_first() {
+  const auto middle = std::stable_partition(work.begin(), work.end(), [this](const WorkItem& item) {
+    return !runtime.map->find(item.block).is_none();
+  });
+  return static_cast<std::uint32_t>(middle - work.begin());
+}
+
+// Items that must be attended in one wave: all hits; one missing block; or, where results must not
+// depend on residency, one chunk of fixed size.
+std::uint32_t Sequence::State::piece_end(std::uint32_t begin, std::uint32_t hits) const {
+  const auto items = static_cast<std::uint32_t>(work.size());
+  if (begin < hits) return hits;
+  if (!runtime.options.deterministic) return begin + 1;
+  std::uint32_t group_begin = begin;
+  while (group_begin > 0 && work[group_begin - 1].head_group == work[begin].head_group) {
+    --group_begin;
+  }
+  const std::uint32_t chunk = runtime.blocks_per_chunk();
+  std::uint32_t end = begin + chunk - (begin - group_begin) % chunk;
+  end = std::min(end, items);
+  while (work[end - 1].head_group != work[begin].head_group) --end;
+  return end;
+}
+
+// Takes as many pieces as fit beside what is held already; returns where the wave ends.
+std::uint32_t Sequence::State::plan_wave(std::uint32_t begin, std::uint32_t hits,
+                                         std::uint32_t slots_max, WaveFetch& fetch) {
+  const Duration start = runtime.now();
+  const auto items = static_cast<std::uint32_t>(work.size());
+  std::uint32_t end = begin;
+  while (end < items) {
+    const std::uint32_t stop = piece_end(end, hits);
+    const bool first = end == begin;
+    // Hits make a wave of their own, so that they can be attended before anything has arrived.
+    if (!first && (end == hits || stop - begin > slots_max)) break;
+    if (stop > hits && !piece_fits(end, stop, fetch)) break;
+    take_piece(end, stop, fetch);
+    end = stop;
+  }
+  runtime.record(Track::kResolve, "resolve", start, runtime.now(), 0);
+  return end;
+}
+
+bool Sequence::State::piece_fits(std::uint32_t begin, std::uint32_t end,
+                                 const WaveFetch& fetch) const {
+  std::uint32_t slots = 0;
+  ExtentId last;
+  std::uint32_t frames = 0;
+  for (std::uint32_t i = begin; i < end; ++i) {
+    const SlotId slot = runtime.map->find(work[i].block);
+    if (slot.is_none() || !runtime.map->is_held(slot)) ++slots;
+    if (!slot.is_none()) continue;
+    const ExtentId extent = runtime.layout.extent_of(work[i].block);
+    if (extent == last) continue;
+    last = extent;
+    if (!fetch.has_frame_for(extent, frames)) return false;
+    ++frames;
+  }
+  return slots <= runtime.map->available();
+}
+
+// Holds what is resident, then reserves slots for what is not: in this order, so that no block of
+// the piece is the victim of another. A block can stand in a piece twice, with two ranges.
+void Sequence::State::take_piece(std::uint32_t begin, std::uint32_t end, WaveFetch& fetch) {
+  for (WorkItem& item : std::span(work).subspan(begin, end - begin)) {
+    const SlotId slot = runtime.map->find(item.block);
+    if (slot.is_none()) continue;
+    if (runtime.map->is_held(slot)) {
+      ++runtime.held_hits;
+    } else {
+      ++runtime.hits[static_cast<std::size_t>(Tier::kDevice)];
+    }
+    runtime.map->hold(slot);
+    runtime.map->touch(slot);
+    item.held = true;
+  }
+  for (WorkItem& item : std::span(work).subspan(begin, end - begin)) {
+    if (item.held) continue;
+    item.held = true;
+    const SlotId present = runtime.map->find(item.block);
+    if (!present.is_none()) {
+      runtime.map->hold(present);
+      continue;
+    }
+    const std::optional<SlotId> slot = runtime.map->reserve(item.block);
+    KVTIER_CHECK(slot.has_value(), "a slot was available and none is there");
+    const Tier tier = fetch.add({item.block, *slot});
+    ++runtime.hits[static_cast<std::size_t>(tier)];
+    if (tier == Tier::kDisk) runtime.look_ahead->note_demand(runtime.layout.extent_of(item.block));
+  }
+}
+
+void Sequence::State::release_wave(std::uint32_t begin, std::uint32_t end) {
+  for (WorkItem& item : std::span(work).subspan(begin, end - begin)) {
+    // A block that could not be had has no slot any more.
+    const SlotId slot = runtime.map->find(item.block);
+    if (item.held && !slot.is_none()) runtime.map->unhold(slot);
+    item.held = false;
+  }
+}
+
+// --- Attending.
+
+Status Sequence::State::attend_wave(const StepRequest& request, std::uint32_t begin,
+                                    std::uint32_t end, StepTiming& timing) {
+  const Duration start = runtime.now();
+  const std::uint32_t heads = runtime.heads_per_group();
+  const std::size_t state_rows = std::size_t{request.query_count} * heads;
+  const std::uint32_t value_dim = runtime.layout.value_dim();
+  ranges.clear();
+  tasks.clear();
+  task_groups.clear();
+  for (std::uint32_t i = begin; i < end; ++i) {
+    const WorkItem& item = work[i];
+    ranges.push_back({.block = runtime.map->address(runtime.map->find(item.block)),
+                      .first_token = item.first_token,
+                      .tokens = item.tokens,
+                      .position = runtime.layout.first_token(item.index) + item.first_token});
+  }
+  for (std::uint32_t first = begin; first < end;) {
+    std::uint32_t last = first + 1;
+    if (runtime.options.deterministic) {
+      last = std::min(piece_end(first, 0), end);
+    } else {
+      while (last < end && work[last].head_group == work[first].head_group) ++last;
+    }
+    AttentionTask task;
+    task.blocks = std::span<const BlockRange>(ranges).subspan(first - begin, last - first);
+    tasks.push_back(task);
+    task_groups.push_back(work[first].head_group);
+    first = last;
+  }
+  if (partial_lse.size() < tasks.size() * state_rows) {
+    partial_lse.resize(tasks.size() * state_rows);
+    partial_out.resize(tasks.size() * state_rows * value_dim);
+  }
+  const std::size_t head_dim = runtime.layout.head_dim();
+  for (std::size_t i = 0; i < tasks.size(); ++i) {
+    AttentionTask& task = tasks[i];
+    task.queries = request.queries + task_groups[i].value * heads * head_dim;
+    task.query_stride = runtime.options.query_heads * head_dim;
+    task.query_count = request.query_count;
+    if (request.query_count > 1) task.query_positions = query_positions;
+    task.out = partial_out.data() + i * state_rows * value_dim;
+    task.out_stride = std::size_t{heads} * value_dim;
+    task.lse = partial_lse.data() + i * state_rows;
+    task.lse_stride = heads;
+  }
+  const AttentionParams params{.layout = &runtime.layout,
+                               .queries_per_kv_head =
+                                   runtime.options.query_heads / runtime.options.block.kv_heads,
+                               .softmax = runtime.options.softmax};
+  const Status attended_status = runtime.environment.device->attend(params, tasks);
+  const Duration attended_at = runtime.now();
+  timing.attend += attended_at - start;
+  runtime.record(Track::kAttend, "attend", start, attended_at,
+                 (end - begin) * runtime.layout.block_bytes());
+  if (!attended_status.ok()) return attended_status;
+  for (std::size_t i = 0; i < tasks.size(); ++i) merge_task(request, tasks[i], task_groups[i]);
+  timing.merge += runtime.now() - attended_at;
+  runtime.record(Track::kMerge, "merge", attended_at, runtime.now(), 0);
+  return {};
+}
+
+void Sequence::State::merge_task(const StepRequest& request, const AttentionTask& task,
+                                 HeadGroup group) {
+  const std::uint32_t heads = runtime.heads_per_group();
+  const std::uint32_t value_dim = runtime.layout.value_dim();
+  for (std::uint32_t query = 0; query < request.query_count; ++query) {
+    const std::size_t row =
+        std::size_t{query} * runtime.options.query_heads + std::size_t{group.value} * heads;
+    merge_states({request.out + row * value_dim, request.lse + row},
+                 {task.out + query * task.out_stride, task.lse + query * task.lse_stride}, heads,
+                 value_dim);
+  }
+}
+
+void Sequence::State::finish_outputs(const StepRequest& request) {
+  if (runtime.options.sink_logits.empty()) return;
+  const std::uint32_t heads = runtime.options.query_heads;
+  const std::span<const float> logits =
+      std::span<const float>(runtime.options.sink_logits)
+          .subspan(std::size_t{request.layer.value} * heads, heads);
+  for (std::uint32_t query = 0; query < request.query_count; ++query) {
+    const std::size_t row = std::size_t{query} * heads;
+    apply_sink_logits({request.out + row * runtime.layout.value_dim(), request.lse + row}, logits,
+                      runtime.layout.value_dim());
+  }
+}
+
+// What is not right must not be usable by accident.
+void Sequence::State::fail_outputs(const StepRequest& request) {
+  constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+  const std::size_t rows = std::size_t{request.query_count} * runtime.options.query_heads;
+  std::fill_n(request.out, rows * runtime.layout.value_dim(), kNan);
+  std::fill_n(request.lse, rows, kNan);
+}
+
+}  // namespace kvtier
