@@ -29,9 +29,9 @@ class Fingerprint {
 std::uint32_t blocks_that_fit(std::size_t extent_bytes, std::size_t block_bytes) {
   std::size_t blocks = extent_bytes / block_bytes;
   while (blocks > 0) {
-    const std::size_t header =
-        align_up(BlockLayout::kExtentHeaderFixedBytes + blocks * BlockLayout::kExtentHeaderEntryBytes,
-                 BlockLayout::kPageBytes);
+    const std::size_t header = align_up(
+        BlockLayout::kExtentHeaderFixedBytes + blocks * BlockLayout::kExtentHeaderEntryBytes,
+        BlockLayout::kPageBytes);
     if (header + blocks * block_bytes <= extent_bytes) break;
     --blocks;
   }
@@ -48,8 +48,9 @@ Result<BlockLayout> BlockLayout::make(const BlockShape& shape) {
   KVTIER_RETURN_IF_ERROR(
       check_range("kv_heads_per_block", shape.kv_heads_per_block, 1, shape.kv_heads));
   if (shape.kv_heads % shape.kv_heads_per_block != 0) {
-    return invalid_argument(fmt::format("kv_heads_per_block is {}, expected a divisor of kv_heads {}",
-                                        shape.kv_heads_per_block, shape.kv_heads));
+    return invalid_argument(
+        fmt::format("kv_heads_per_block is {}, expected a divisor of kv_heads {}",
+                    shape.kv_heads_per_block, shape.kv_heads));
   }
   KVTIER_RETURN_IF_ERROR(
       check_range("extent_bytes", shape.extent_bytes, 2 * kPageBytes, std::size_t{64} << 20));
@@ -71,9 +72,8 @@ Result<BlockLayout> BlockLayout::make(const BlockShape& shape) {
                     shape.extent_bytes, layout.block_bytes_,
                     align_up(layout.block_bytes_ + kPageBytes, kPageBytes)));
   }
-  layout.extent_header_bytes_ =
-      align_up(kExtentHeaderFixedBytes + layout.blocks_per_extent_ * kExtentHeaderEntryBytes,
-               kPageBytes);
+  layout.extent_header_bytes_ = align_up(
+      kExtentHeaderFixedBytes + layout.blocks_per_extent_ * kExtentHeaderEntryBytes, kPageBytes);
 
   Fingerprint fingerprint;
   for (std::uint64_t word :

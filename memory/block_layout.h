@@ -19,7 +19,8 @@ struct BlockShape {
   std::uint32_t kv_heads = 8;
   /// KV heads that are selected, moved and stored together: 1, or a divisor of `kv_heads`.
   std::uint32_t kv_heads_per_block = 1;
-  /// 1 to 64; small, because a fine selection over the link beats a coarse one (README, "Decisions").
+  /// 1 to 64; small, because a fine selection over the link beats a coarse one (README,
+  /// "Decisions").
   std::uint32_t tokens_per_block = 8;
   /// What one disk read or write moves; a multiple of 4 KiB, header included.
   std::size_t extent_bytes = 128 * 1024;
@@ -65,7 +66,8 @@ class BlockLayout {
     return (std::size_t{head} * shape_.tokens_per_block + token) * key_row_bytes();
   }
   std::size_t value_offset(std::uint32_t head, std::uint32_t token) const {
-    return values_offset_ + (std::size_t{head} * shape_.tokens_per_block + token) * value_row_bytes();
+    return values_offset_ +
+           (std::size_t{head} * shape_.tokens_per_block + token) * value_row_bytes();
   }
 
   std::size_t extent_bytes() const { return shape_.extent_bytes; }
@@ -80,7 +82,9 @@ class BlockLayout {
   BlockIndex block_of_token(std::uint32_t position) const {
     return BlockIndex{position / shape_.tokens_per_block};
   }
-  std::uint32_t first_token(BlockIndex index) const { return index.value * shape_.tokens_per_block; }
+  std::uint32_t first_token(BlockIndex index) const {
+    return index.value * shape_.tokens_per_block;
+  }
 
   /// Block ids: an extent's blocks are numbered consecutively.
   BlockId block_id(ExtentId extent, std::uint32_t place) const {

@@ -14,9 +14,9 @@ namespace kvtier {
 
 /// Stops the process when the code or its caller broke a promise; on in every build.
 /// The message is an fmt format string with the values that matter.
-#define KVTIER_CHECK(condition, ...)                                                          \
-  do {                                                                                        \
-    if (!(condition)) [[unlikely]] {                                                          \
-      ::kvtier::check_failed(__FILE__, __LINE__, #condition, ::fmt::format(__VA_ARGS__));     \
-    }                                                                                         \
+#define KVTIER_CHECK(condition, ...)                                                      \
+  do {                                                                                    \
+    if (!(condition)) [[unlikely]] {                                                      \
+      ::kvtier::check_failed(__FILE__, __LINE__, #condition, ::fmt::format(__VA_ARGS__)); \
+    }                                                                                     \
   } while (false)

@@ -18,8 +18,7 @@ Result<DType> parse_dtype(std::string_view name) {
   if (name == "float16" || name == "F16" || name == "f16") return DType::kF16;
   if (name == "bfloat16" || name == "BF16" || name == "bf16") return DType::kBF16;
   if (name == "float32" || name == "F32" || name == "f32") return DType::kF32;
-  return invalid_argument(
-      fmt::format("dtype '{}' is not one of float16, bfloat16, float32", name));
+  return invalid_argument(fmt::format("dtype '{}' is not one of float16, bfloat16, float32", name));
 }
 
 float f16_to_f32(std::uint16_t bits) {

@@ -19,7 +19,7 @@ Result<DType> parse_dtype(std::string_view name);
 
 /// Scalar conversions for references, tests and tools; the kernels have vector ones.
 float f16_to_f32(std::uint16_t bits);
-std::uint16_t f32_to_f16(float value);   ///< Round to nearest even.
+std::uint16_t f32_to_f16(float value);  ///< Round to nearest even.
 float bf16_to_f32(std::uint16_t bits);
 std::uint16_t f32_to_bf16(float value);  ///< Round to nearest even.
 /// Reads element `index` of a row of `dtype` at `row` (any alignment).

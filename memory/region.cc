@@ -68,8 +68,8 @@ void bind_to_node(std::span<std::byte> memory, const RegionOptions& options, Reg
   hwloc_bitmap_only(nodes.get(), *node);
   if (hwloc_set_area_membind(topology.get(), memory.data(), memory.size(), nodes.get(),
                              HWLOC_MEMBIND_BIND, HWLOC_MEMBIND_BYNODESET) != 0) {
-    append_note(stats.note, fmt::format("binding to NUMA node {} refused ({})", *node,
-                                        std::strerror(errno)));
+    append_note(stats.note,
+                fmt::format("binding to NUMA node {} refused ({})", *node, std::strerror(errno)));
     return;
   }
   stats.numa_node = node;
@@ -105,8 +105,9 @@ Result<Region> Region::allocate(const RegionOptions& options) {
   const std::size_t available =
       std::min(available_memory_bytes(), std::numeric_limits<std::size_t>::max() / 2);
   if (options.bytes > available) {
-    return no_space(fmt::format("{} bytes of memory wanted, {} available; choose a smaller capacity",
-                                options.bytes, available));
+    return no_space(
+        fmt::format("{} bytes of memory wanted, {} available; choose a smaller capacity",
+                    options.bytes, available));
   }
   // Huge pages need an aligned start: map one more and use the aligned part.
   const std::size_t slack = options.huge_pages ? kHugePageBytes : 0;
@@ -148,7 +149,8 @@ Result<Region> Region::allocate(const RegionOptions& options) {
   if (options.page_lock) {
     region.stats_.page_locked = mlock(start, wanted) == 0;
     if (!region.stats_.page_locked) {
-      append_note(region.stats_.note, fmt::format("page-locking refused ({})", std::strerror(errno)));
+      append_note(region.stats_.note,
+                  fmt::format("page-locking refused ({})", std::strerror(errno)));
     }
   }
   region.stats_.huge_page_bytes = huge_page_bytes({start, wanted});

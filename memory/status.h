@@ -95,15 +95,15 @@ class [[nodiscard]] Result {
 #define KVTIER_CONCAT_(a, b) KVTIER_CONCAT_INNER_(a, b)
 
 /// Returns from the enclosing function when `expression` is a failed Status.
-#define KVTIER_RETURN_IF_ERROR(expression)                \
-  do {                                                    \
-    ::kvtier::Status kvtier_status_ = (expression);       \
-    if (!kvtier_status_.ok()) return kvtier_status_;      \
+#define KVTIER_RETURN_IF_ERROR(expression)           \
+  do {                                               \
+    ::kvtier::Status kvtier_status_ = (expression);  \
+    if (!kvtier_status_.ok()) return kvtier_status_; \
   } while (false)
 
 /// `KVTIER_ASSIGN_OR_RETURN(auto file, open_file(options));`
-#define KVTIER_ASSIGN_OR_RETURN(declaration, expression)                              \
-  auto KVTIER_CONCAT_(kvtier_result_, __LINE__) = (expression);                       \
-  if (!KVTIER_CONCAT_(kvtier_result_, __LINE__).ok())                                 \
-    return KVTIER_CONCAT_(kvtier_result_, __LINE__).status();                         \
+#define KVTIER_ASSIGN_OR_RETURN(declaration, expression)        \
+  auto KVTIER_CONCAT_(kvtier_result_, __LINE__) = (expression); \
+  if (!KVTIER_CONCAT_(kvtier_result_, __LINE__).ok())           \
+    return KVTIER_CONCAT_(kvtier_result_, __LINE__).status();   \
   declaration = std::move(KVTIER_CONCAT_(kvtier_result_, __LINE__)).value()

@@ -8,8 +8,8 @@ namespace kvtier {
 
 const char* to_string(Track track) {
   constexpr const char* kNames[kTrackCount] = {
-      "append",       "select",         "resolve",        "fetch",          "attend",      "merge",
-      "look_ahead",   "disk_to_host",   "host_to_device", "device_to_host", "host_to_disk"};
+      "append",     "select",       "resolve",        "fetch",          "attend",      "merge",
+      "look_ahead", "disk_to_host", "host_to_device", "device_to_host", "host_to_disk"};
   const auto index = static_cast<int>(track);
   KVTIER_CHECK(index < kTrackCount, "track {}", index);
   return kNames[index];

@@ -41,8 +41,8 @@ const char* to_string(HomeState state) {
 
 const char* to_string(HomeEvent event) {
   static constexpr const char* kNames[kHomeEventCount] = {
-      "create",     "complete",   "start_write", "write_done",  "write_failed", "drop_frame",
-      "start_read", "read_done",  "read_failed", "reopen",      "release"};
+      "create",     "complete",  "start_write", "write_done", "write_failed", "drop_frame",
+      "start_read", "read_done", "read_failed", "reopen",     "release"};
   return name_of(kNames, event);
 }
 

@@ -22,16 +22,16 @@ inline constexpr int kHomeStateCount = 7;
 
 enum class HomeEvent : unsigned char {
   kCreate,
-  kComplete,     ///< The last block sealed.
+  kComplete,  ///< The last block sealed.
   kStartWrite,
   kWriteDone,
   kWriteFailed,
   kDropFrame,
   kStartRead,
   kReadDone,
-  kReadFailed,   ///< Or cancelled.
-  kReopen,       ///< A truncation cut into it.
-  kRelease,      ///< Its tokens are gone.
+  kReadFailed,  ///< Or cancelled.
+  kReopen,      ///< A truncation cut into it.
+  kRelease,     ///< Its tokens are gone.
 };
 inline constexpr int kHomeEventCount = 11;
 
@@ -50,7 +50,7 @@ enum class ResidencyEvent : unsigned char {
   kReopen,
   kReserve,
   kArrive,
-  kFail,   ///< The bytes did not come, or were not the right ones.
+  kFail,  ///< The bytes did not come, or were not the right ones.
   kEvict,
   kRelease,
 };

@@ -6,8 +6,8 @@
 
 namespace kvtier {
 
-BlockTable::BlockTable(const BlockLayout& layout, std::span<std::byte> frames,
-                       std::uint32_t places, std::unique_ptr<EvictionPolicy> policy)
+BlockTable::BlockTable(const BlockLayout& layout, std::span<std::byte> frames, std::uint32_t places,
+                       std::unique_ptr<EvictionPolicy> policy)
     : layout_(layout),
       frames_(frames, layout.extent_bytes()),
       policy_(std::move(policy)),
@@ -77,10 +77,9 @@ std::optional<ExtentId> BlockTable::choose_victim() {
   if (!frame) return std::nullopt;
   const ExtentId id = extent_of_frame_[*frame];
   const HomeState state = row(id).state;
-  KVTIER_CHECK(state == HomeState::kBoth || state == HomeState::kWriting ||
-                   state == HomeState::kReading,
-               "extent {} is '{}' and was left to the eviction policy", id.value,
-               to_string(state));
+  KVTIER_CHECK(
+      state == HomeState::kBoth || state == HomeState::kWriting || state == HomeState::kReading,
+      "extent {} is '{}' and was left to the eviction policy", id.value, to_string(state));
   return id;
 }
 

@@ -43,8 +43,8 @@ struct Extent {
 
 /// Where every extent's home is: the only writer of homes, frames and places on disk.
 ///
-/// Bookkeeping alone: moves no bytes and waits for nothing (see `HostTier`). Decisions depend on the
-/// calls alone. One thread at a time; memory is taken by the constructor.
+/// Bookkeeping alone: moves no bytes and waits for nothing (see `HostTier`). Decisions depend on
+/// the calls alone. One thread at a time; memory is taken by the constructor.
 class BlockTable {
  public:
   /// `frames` is the memory of the host tier; `places` the number of extents that fit on disk.

@@ -25,10 +25,10 @@ Status HostTier::make_room() {
     const std::optional<ExtentId> victim = table_.choose_victim();
     if (!victim) {
       if (!disk_failure_.ok()) return disk_failure_;
-      return no_space(
-          fmt::format("all {} host frames hold extents that have no copy on disk, and all {} places "
-                      "on disk are taken or out of reach; give the host or disk tier more capacity",
-                      table_.frames(), table_.places()));
+      return no_space(fmt::format(
+          "all {} host frames hold extents that have no copy on disk, and all {} places "
+          "on disk are taken or out of reach; give the host or disk tier more capacity",
+          table_.frames(), table_.places()));
     }
     Extent& extent = table_.row(*victim);
     if (extent.state == HomeState::kWriting) end_write(*victim);
@@ -109,8 +109,8 @@ Status HostTier::write_through(BlockId id, SlotId slot) {
 
 Status HostTier::copy_seals() {
   if (seal_spans_.empty()) return {};
-  KVTIER_ASSIGN_OR_RETURN(Transfer transfer, engine_.submit({.route = Route::kDeviceToHost,
-                                                             .spans = seal_spans_}));
+  KVTIER_ASSIGN_OR_RETURN(Transfer transfer,
+                          engine_.submit({.route = Route::kDeviceToHost, .spans = seal_spans_}));
   return transfer.wait();
 }
 
@@ -221,8 +221,8 @@ BlockCheck HostTier::check(BlockId id, const std::byte* bytes) const {
   const ExtentEntry entry = table_.header(layout_.extent_of(id)).entry(layout_.place_of(id));
   BlockCheck checked;
   checked.expected = entry.checksum;
-  checked.found = block_checksum({bytes, layout_.payload_bytes()}, table_.identity(id),
-                                 table_.generation(id));
+  checked.found =
+      block_checksum({bytes, layout_.payload_bytes()}, table_.identity(id), table_.generation(id));
   checked.ok = checked.expected == checked.found && entry.length_bytes == layout_.payload_bytes();
   return checked;
 }
@@ -253,9 +253,8 @@ void HostTier::repair_from_device(BlockId id) {
   if (map_.state(id) != ResidencyState::kResident) return;
   const std::byte* copy = map_.address(map_.find(id));
   if (!check(id, copy).ok) return;
-  const CopySpan span{.source = copy,
-                      .target = table_.block_bytes(id).data(),
-                      .bytes = layout_.block_bytes()};
+  const CopySpan span{
+      .source = copy, .target = table_.block_bytes(id).data(), .bytes = layout_.block_bytes()};
   Result<Transfer> transfer = engine_.submit({.route = Route::kDeviceToHost, .spans = {&span, 1}});
   if (!transfer.ok() || !transfer->wait().ok() || !check(id, span.target).ok) return;
   table_.set_damaged(id, false);

@@ -14,8 +14,8 @@ namespace kvtier {
 /// Promotes extents from disk to host before a step asks for them, within a byte budget per step.
 ///
 /// Predicts two things: that the next layer attends what it attended one token ago, and that this
-/// layer soon attends the blocks ranked just below the cut. Decides by what the tables say, never by
-/// how far a transfer has come, and never takes a frame from what it has just promoted itself.
+/// layer soon attends the blocks ranked just below the cut. Decides by what the tables say, never
+/// by how far a transfer has come, and never takes a frame from what it has just promoted itself.
 /// One thread at a time; allocates only when made.
 class LookAhead {
  public:

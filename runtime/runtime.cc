@@ -15,7 +15,8 @@ constexpr std::uint64_t ceil_divide(std::uint64_t a, std::uint64_t b) { return (
 Status check_options(const RuntimeOptions& options) {
   if (options.layers == 0) return invalid_argument("layers is 0, expected at least 1");
   if (options.tokens_max == 0) return invalid_argument("tokens_max is 0, expected at least 1");
-  if (options.sequences_max == 0) return invalid_argument("sequences_max is 0, expected at least 1");
+  if (options.sequences_max == 0)
+    return invalid_argument("sequences_max is 0, expected at least 1");
   if (!options.selector) return invalid_argument("no selector is given");
   if (options.query_heads == 0 || options.query_heads % options.block.kv_heads != 0) {
     return invalid_argument(fmt::format("query_heads is {}, expected a multiple of kv_heads {}",
@@ -51,9 +52,8 @@ RuntimeNeeds compute_needs(const RuntimeOptions& options, const BlockLayout& lay
       (streams * held_slots_per_stream(options, layout) + chunk) * layout.block_bytes();
   // One extent being filled per stream, one being read and one being looked into.
   needs.host_bytes = (streams + 2) * layout.extent_bytes();
-  needs.extent_bytes_total = streams *
-                             ceil_divide(options.tokens_max, layout.tokens_per_extent()) *
-                             layout.extent_bytes();
+  needs.extent_bytes_total =
+      streams * ceil_divide(options.tokens_max, layout.tokens_per_extent()) * layout.extent_bytes();
   return needs;
 }
 
@@ -109,9 +109,9 @@ Result<std::unique_ptr<Runtime>> Runtime::open(const RuntimeOptions& options,
   const std::uint64_t places = options.disk_capacity_bytes / layout.extent_bytes();
   if (places > 0 && (environment.disk == nullptr ||
                      environment.disk->size_bytes() < places * layout.extent_bytes())) {
-    return invalid_argument(fmt::format(
-        "disk capacity is {} bytes, but the file has {}", options.disk_capacity_bytes,
-        environment.disk == nullptr ? 0 : environment.disk->size_bytes()));
+    return invalid_argument(
+        fmt::format("disk capacity is {} bytes, but the file has {}", options.disk_capacity_bytes,
+                    environment.disk == nullptr ? 0 : environment.disk->size_bytes()));
   }
   const std::size_t slab_bytes =
       options.device_capacity_bytes / layout.block_bytes() * layout.block_bytes();
@@ -133,10 +133,9 @@ Result<std::unique_ptr<Runtime>> Runtime::open(const RuntimeOptions& options,
   engine_options.max_transfers = 2 * frame_count + 64;
   engine_options.threads = options.transfer_threads;
   engine_options.timeline = environment.timeline;
-  KVTIER_ASSIGN_OR_RETURN(auto engine,
-                          TransferEngine::open(engine_options, *environment.clock,
-                                               places > 0 ? environment.disk : nullptr,
-                                               environment.link));
+  KVTIER_ASSIGN_OR_RETURN(
+      auto engine, TransferEngine::open(engine_options, *environment.clock,
+                                        places > 0 ? environment.disk : nullptr, environment.link));
 
   auto state = std::make_unique<State>(State{.options = options,
                                              .environment = environment,
@@ -146,14 +145,12 @@ Result<std::unique_ptr<Runtime>> Runtime::open(const RuntimeOptions& options,
                                              .frames = std::move(frames),
                                              .engine = std::move(engine)});
   State& s = *state;
-  s.table = std::make_unique<BlockTable>(layout, s.frames.bytes(),
-                                         static_cast<std::uint32_t>(places),
-                                         std::move(frame_policy));
+  s.table = std::make_unique<BlockTable>(
+      layout, s.frames.bytes(), static_cast<std::uint32_t>(places), std::move(frame_policy));
   const std::uint64_t blocks = (frame_count + places) * layout.blocks_per_extent();
   s.map = std::make_unique<DeviceMap>(layout, s.slab.bytes(), blocks, std::move(slot_policy));
   s.host = std::make_unique<HostTier>(HostTier::Parts{&s.layout, s.table.get(), s.map.get(),
-                                                      s.engine.get(), options.verify,
-                                                      &s.counters});
+                                                      s.engine.get(), options.verify, &s.counters});
   s.look_ahead = std::make_unique<LookAhead>(
       LookAhead::Parts{&s.layout, s.table.get(), s.map.get(), s.host.get(), &s.counters},
       places > 0 ? options.look_ahead_bytes : 0);
@@ -168,9 +165,7 @@ Result<std::unique_ptr<Runtime>> Runtime::open(const RuntimeOptions& options,
 
 Runtime::Runtime(std::unique_ptr<State> state) : state_(std::move(state)) {}
 
-Runtime::~Runtime() {
-  KVTIER_CHECK(state_->closed, "a runtime is destroyed that was not closed");
-}
+Runtime::~Runtime() { KVTIER_CHECK(state_->closed, "a runtime is destroyed that was not closed"); }
 
 const BlockLayout& Runtime::layout() const { return state_->layout; }
 
@@ -179,10 +174,11 @@ const BlockLayout& Runtime::layout() const { return state_->layout; }
 Result<std::unique_ptr<Sequence>> Runtime::create_sequence(Origin origin) {
   State& s = *state_;
   if (s.sequences_open == s.options.sequences_max) {
-    return no_space(fmt::format("{} sequences are open, as many as sequences_max allows",
-                                s.sequences_open));
+    return no_space(
+        fmt::format("{} sequences are open, as many as sequences_max allows", s.sequences_open));
   }
-  KVTIER_ASSIGN_OR_RETURN(auto state, Sequence::State::make(s, SequenceId{s.sequences_made}, origin));
+  KVTIER_ASSIGN_OR_RETURN(auto state,
+                          Sequence::State::make(s, SequenceId{s.sequences_made}, origin));
   ++s.sequences_open;
   ++s.sequences_made;
   return std::unique_ptr<Sequence>(new Sequence(std::move(state)));

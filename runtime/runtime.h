@@ -62,10 +62,10 @@ struct AttendedRange {
 
 /// What a step did. Views into the sequence, valid until its next call.
 struct StepReport {
-  std::span<const AttendedRange> attended;   ///< By head group, then block.
-  std::span<const BlockFailure> failures;    ///< Empty when the step succeeded.
-  std::uint32_t attended_tokens_max = 0;     ///< Largest head group.
-  std::uint64_t attended_tokens_total = 0;   ///< Over the head groups.
+  std::span<const AttendedRange> attended;  ///< By head group, then block.
+  std::span<const BlockFailure> failures;   ///< Empty when the step succeeded.
+  std::uint32_t attended_tokens_max = 0;    ///< Largest head group.
+  std::uint64_t attended_tokens_total = 0;  ///< Over the head groups.
   StepTiming timing;
 };
 
@@ -136,8 +136,8 @@ class Sequence {
   /// calls. Waits for bytes that are on their way.
   ///
   /// `corrupt` or `io_error` when a wanted block could not be had from any tier: `report->failures`
-  /// names each one, out and lse are NaN, and the sequence goes on. `invalid_argument`: a query that
-  /// is not finite, a budget below sinks + window, more queries than tokens.
+  /// names each one, out and lse are NaN, and the sequence goes on. `invalid_argument`: a query
+  /// that is not finite, a budget below sinks + window, more queries than tokens.
   Status step(const StepRequest& request, StepReport* report);
 
   /// Gives every block, frame and place back; waits for transfers that still use them.

@@ -61,7 +61,7 @@ struct RuntimeStats {
 struct StepTiming {
   Duration select{};
   Duration resolve{};
-  Duration fetch{};   ///< Waiting for blocks that were not resident.
+  Duration fetch{};  ///< Waiting for blocks that were not resident.
   Duration attend{};
   Duration merge{};
   Duration look_ahead{};

@@ -104,8 +104,8 @@ void Sequence::State::plan_work(const StepRequest& request) {
   runtime.record(Track::kResolve, "plan", start, runtime.now(), 0);
 }
 
-// Sinks, selected units and window of one head group, in order of position; ranges of one block that
-// touch become one.
+// Sinks, selected units and window of one head group, in order of position; ranges of one block
+// that touch become one.
 void Sequence::State::append_group_work(Stream& stream, const GroupSelection& selection,
                                         std::uint32_t window_begin) {
   const std::uint32_t tokens_per_block = runtime.layout.tokens_per_block();
@@ -180,8 +180,8 @@ void Sequence::State::hold_after_step(LayerIndex layer) {
   }
 }
 
-// The next layer will likely want what it wanted a token ago; this one, soon, what ranked just below
-// the cut.
+// The next layer will likely want what it wanted a token ago; this one, soon, what ranked just
+// below the cut.
 void Sequence::State::predict(LayerIndex layer) {
   if (!runtime.look_ahead->enabled()) return;
   const LayerIndex next{(layer.value + 1) % runtime.options.layers};

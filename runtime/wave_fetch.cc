@@ -95,8 +95,11 @@ void WaveFetch::begin() {
 void WaveFetch::submit_copies() {
   const auto spans = static_cast<std::uint32_t>(spans_.size());
   if (spans == spans_submitted_) return;
-  Copy copy{.transfer = {}, .first_span = spans_submitted_, .spans = spans - spans_submitted_,
-            };
+  Copy copy{
+      .transfer = {},
+      .first_span = spans_submitted_,
+      .spans = spans - spans_submitted_,
+  };
   Result<Transfer> transfer =
       engine_.submit({.route = Route::kHostToDevice,
                       .spans = std::span<const CopySpan>(spans_).subspan(spans_submitted_)});

@@ -20,9 +20,9 @@ struct Miss {
 /// every block from its frame to its slot, checks what must be checked.
 ///
 /// `add` blocks one by one (neighbours of one extent together, so that the extent is looked up
-/// once), `begin` starts everything, `finish` waits and tells the device map what arrived. What must
-/// not be dropped meanwhile is held from `add` to `finish`. Two can be under way at once. Reused
-/// without allocating once it has grown.
+/// once), `begin` starts everything, `finish` waits and tells the device map what arrived. What
+/// must not be dropped meanwhile is held from `add` to `finish`. Two can be under way at once.
+/// Reused without allocating once it has grown.
 class WaveFetch {
  public:
   struct Parts {
@@ -36,8 +36,8 @@ class WaveFetch {
   };
   WaveFetch(const Parts& parts, std::uint32_t misses_max);
 
-  /// Whether a frame is there for one more miss of `extent`, beside `spoken_for` others that are not
-  /// added yet.
+  /// Whether a frame is there for one more miss of `extent`, beside `spoken_for` others that are
+  /// not added yet.
   bool has_frame_for(ExtentId extent, std::uint32_t spoken_for) const;
   /// Extents that this wave brings from disk, so far.
   std::uint32_t reads() const { return static_cast<std::uint32_t>(reads_.size()); }
@@ -86,14 +86,14 @@ class WaveFetch {
   MoverCounters& counters_;
 
   std::vector<Miss> misses_;
-  std::vector<Arrival> reads_;            // In order of `add`.
-  std::vector<ExtentId> held_frames_;     // In order of `add`, and of arrival.
-  std::vector<BlockId> wanted_;           // Scratch: the blocks of one arrival.
-  std::vector<CopySpan> spans_;           // Never moves: its capacity is misses_max.
+  std::vector<Arrival> reads_;         // In order of `add`.
+  std::vector<ExtentId> held_frames_;  // In order of `add`, and of arrival.
+  std::vector<BlockId> wanted_;        // Scratch: the blocks of one arrival.
+  std::vector<CopySpan> spans_;        // Never moves: its capacity is misses_max.
   std::vector<std::uint32_t> miss_of_span_;
   std::vector<Copy> copies_;
   std::uint32_t spans_submitted_ = 0;
-  std::uint32_t frames_planned_ = 0;      // Taken by `begin` for reads that are not started.
+  std::uint32_t frames_planned_ = 0;  // Taken by `begin` for reads that are not started.
 };
 
 }  // namespace kvtier

@@ -209,10 +209,10 @@ Status Sequence::State::attend_wave(const StepRequest& request, std::uint32_t be
     task.lse = partial_lse.data() + i * state_rows;
     task.lse_stride = heads;
   }
-  const AttentionParams params{.layout = &runtime.layout,
-                               .queries_per_kv_head =
-                                   runtime.options.query_heads / runtime.options.block.kv_heads,
-                               .softmax = runtime.options.softmax};
+  const AttentionParams params{
+      .layout = &runtime.layout,
+      .queries_per_kv_head = runtime.options.query_heads / runtime.options.block.kv_heads,
+      .softmax = runtime.options.softmax};
   const Status attended_status = runtime.environment.device->attend(params, tasks);
   const Duration attended_at = runtime.now();
   timing.attend += attended_at - start;

@@ -59,12 +59,11 @@ TEST(BlockState, DrawingInTheReadmeIsUpToDate) {
   text << file.rdbuf();
   const std::string readme = text.str();
   const std::regex row_of_the_table("(^|\\n)\\| `[a-z]+` \\| [a-z_]+ \\| `[a-z]+` \\|");
-  const auto rows = static_cast<std::size_t>(std::distance(
-      std::sregex_iterator(readme.begin(), readme.end(), row_of_the_table),
-      std::sregex_iterator()));
+  const auto rows = static_cast<std::size_t>(
+      std::distance(std::sregex_iterator(readme.begin(), readme.end(), row_of_the_table),
+                    std::sregex_iterator()));
   const auto expect_row = [&](const char* from, const char* event, const char* to) {
-    const std::string row =
-        std::string("| `") + from + "` | " + event + " | `" + to + "` |";
+    const std::string row = std::string("| `") + from + "` | " + event + " | `" + to + "` |";
     EXPECT_NE(readme.find(row), std::string::npos) << row;
   };
   for (const auto& row : kHomeTransitions) {

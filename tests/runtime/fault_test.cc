@@ -32,8 +32,8 @@ FaultPlan every_fault(std::uint64_t seed, bool link) {
   return plan;
 }
 
-// Appends, steps with random selections (so that most blocks have to be fetched) and truncations, on
-// tiers as small as they may be, until `fetches` blocks have been fetched.
+// Appends, steps with random selections (so that most blocks have to be fetched) and truncations,
+// on tiers as small as they may be, until `fetches` blocks have been fetched.
 void run_seed(std::uint64_t seed, VerifyMode verify, std::uint64_t fetches, Campaign& campaign) {
   HarnessOptions options;
   options.seed = seed;

@@ -74,7 +74,8 @@ bool CheckingDevice::is_right(const AttentionParams& params, const AttentionTask
       const std::byte* key = range.block + layout.key_offset(head, range.first_token + i);
       const std::byte* value = range.block + layout.value_offset(head, range.first_token + i);
       for (std::uint32_t e = 0; e < layout.head_dim(); ++e) {
-        if (load_element(key, DType::kF32, e) != content_.key(layer_, kv_head, position, version, e))
+        if (load_element(key, DType::kF32, e) !=
+            content_.key(layer_, kv_head, position, version, e))
           return false;
       }
       for (std::uint32_t e = 0; e < layout.value_dim(); ++e) {
@@ -97,8 +98,7 @@ void CheckingDevice::spoil(std::vector<BlockRange>& ranges, const BlockRange& ot
   }
 }
 
-Status CheckingDevice::attend(const AttentionParams& params,
-                              std::span<const AttentionTask> tasks) {
+Status CheckingDevice::attend(const AttentionParams& params, std::span<const AttentionTask> tasks) {
   std::vector<AttentionTask> spoilt(tasks.begin(), tasks.end());
   std::vector<std::vector<BlockRange>> ranges(tasks.size());
   for (std::size_t i = 0; i < tasks.size(); ++i) {
@@ -202,15 +202,14 @@ Status Harness::append_layer(std::uint32_t layer, std::uint32_t tokens) {
   const std::uint32_t first = sequence_->tokens(LayerIndex{layer});
   KVTIER_CHECK(first + tokens <= versions_.size(), "{} tokens have no version yet", tokens);
   make_rows(layer, first, tokens);
-  return sequence_->append(
-      LayerIndex{layer},
-      {.keys = reinterpret_cast<const std::byte*>(keys_.data()),
-       .values = reinterpret_cast<const std::byte*>(values_.data()),
-       .key_token_stride = shape.kv_heads * shape.head_dim * sizeof(float),
-       .key_head_stride = shape.head_dim * sizeof(float),
-       .value_token_stride = shape.kv_heads * shape.value_dim * sizeof(float),
-       .value_head_stride = shape.value_dim * sizeof(float),
-       .tokens = tokens});
+  return sequence_->append(LayerIndex{layer},
+                           {.keys = reinterpret_cast<const std::byte*>(keys_.data()),
+                            .values = reinterpret_cast<const std::byte*>(values_.data()),
+                            .key_token_stride = shape.kv_heads * shape.head_dim * sizeof(float),
+                            .key_head_stride = shape.head_dim * sizeof(float),
+                            .value_token_stride = shape.kv_heads * shape.value_dim * sizeof(float),
+                            .value_head_stride = shape.value_dim * sizeof(float),
+                            .tokens = tokens});
 }
 
 Status Harness::append(std::uint32_t tokens) {

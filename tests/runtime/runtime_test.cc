@@ -8,10 +8,6 @@
 namespace kvtier::testing {
 namespace {
 
-// f32 contents and f32 accumulation over at most a few hundred tokens: the error of the weighted
-// mean is a few ulp times the square root of the count, far below this.
-constexpr double kTolerance = 1e-5;
-
 // Everything through all three tiers: the device holds a tenth, the host under a third.
 HarnessOptions three_tiers() {
   HarnessOptions options;
@@ -33,7 +29,7 @@ TEST(Runtime, FullBudgetIsExactThroughAllTiers) {
         for (std::uint32_t layer = 0; layer < 2; ++layer) {
           ASSERT_TRUE(harness.step(layer, 2048).ok());
           EXPECT_EQ(harness.report().attended_tokens_max, harness.tokens());
-          EXPECT_LE(max_difference(harness.out(), harness.reference_out()), kTolerance);
+          EXPECT_LE(max_difference(harness.out(), harness.reference_out()), kOutputTolerance);
         }
       }
       EXPECT_EQ(harness.device().wrong_blocks(), 0u);
@@ -52,7 +48,7 @@ TEST(Runtime, SeveralQueriesAreCausal) {
   for (std::uint32_t queries : {2u, 5u, 8u}) {
     ASSERT_TRUE(harness.append(queries).ok());
     ASSERT_TRUE(harness.step(1, 120, queries).ok());
-    EXPECT_LE(max_difference(harness.out(), harness.reference_out()), kTolerance);
+    EXPECT_LE(max_difference(harness.out(), harness.reference_out()), kOutputTolerance);
   }
   EXPECT_EQ(harness.step(1, 120, 9).code(), StatusCode::kInvalidArgument);
 }
@@ -65,7 +61,7 @@ TEST(Runtime, SoftCapAndSinkLogits) {
   ASSERT_TRUE(harness.append(300).ok());
   for (std::uint32_t layer : {0u, 1u}) {
     ASSERT_TRUE(harness.step(layer, 100).ok());
-    EXPECT_LE(max_difference(harness.out(), harness.reference_out()), kTolerance);
+    EXPECT_LE(max_difference(harness.out(), harness.reference_out()), kOutputTolerance);
   }
 }
 
@@ -142,7 +138,7 @@ TEST(Runtime, ResidencyChangesNothingThatIsAttended) {
         if (deterministic) {
           EXPECT_EQ(few.outs[i][j], all.outs[i][j]);
         } else {
-          EXPECT_NEAR(few.outs[i][j], all.outs[i][j], kTolerance);
+          EXPECT_NEAR(few.outs[i][j], all.outs[i][j], kOutputTolerance);
         }
       }
     }
@@ -260,7 +256,7 @@ TEST(Runtime, SequencesAreCountedAndKeptApart) {
     ASSERT_TRUE((*second)->append(LayerIndex{1}, token).ok());
   }
   ASSERT_TRUE(harness.step(0, 200).ok());
-  EXPECT_LE(max_difference(harness.out(), harness.reference_out()), kTolerance);
+  EXPECT_LE(max_difference(harness.out(), harness.reference_out()), kOutputTolerance);
   EXPECT_EQ(harness.device().wrong_blocks(), 0u);
   EXPECT_TRUE((*second)->close().ok());
   ASSERT_TRUE(harness.step(1, 100).ok());

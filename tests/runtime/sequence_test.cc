@@ -2,13 +2,12 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <random>
 #include <string>
 
 namespace kvtier::testing {
 namespace {
-
-constexpr double kTolerance = 1e-5;
 
 HarnessOptions options_for(const std::string& selector) {
   HarnessOptions options;
@@ -45,7 +44,7 @@ TEST(Sequence, AppendBeyondTheLongestIsRefusedAndHarmless) {
   const Status refused = harness.append_layer(0, 0);
   EXPECT_TRUE(refused.ok());
   ASSERT_TRUE(harness.step(0, 100).ok());
-  EXPECT_LE(max_difference(harness.out(), harness.reference_out()), kTolerance);
+  EXPECT_LE(max_difference(harness.out(), harness.reference_out()), kOutputTolerance);
 }
 
 // Drafts of every length against every block boundary: what was rejected leaves no trace.
@@ -61,7 +60,7 @@ TEST(Sequence, TruncatedDraftsLeaveNoTrace) {
       ASSERT_TRUE(harness.append(1).ok());
       for (std::uint32_t layer : {0u, 1u}) {
         ASSERT_TRUE(harness.step(layer, 90).ok());
-        EXPECT_LE(max_difference(harness.out(), harness.reference_out()), kTolerance)
+        EXPECT_LE(max_difference(harness.out(), harness.reference_out()), kOutputTolerance)
             << selector << ", draft of " << draft;
       }
     }
@@ -81,10 +80,10 @@ TEST(Sequence, DeepCutsReachBlocksOnDisk) {
     const std::uint32_t target = 20 + random() % (harness.tokens() - 20);
     const Status cut = harness.truncate(target);
     ASSERT_TRUE(cut.ok()) << cut.to_string();
-    ASSERT_TRUE(harness.append(std::min(1000 - target, 1 + random() % 300)).ok());
+    ASSERT_TRUE(harness.append(std::min<std::uint32_t>(1000 - target, 1 + random() % 300)).ok());
     for (std::uint32_t layer : {0u, 1u}) {
       ASSERT_TRUE(harness.step(layer, 25 + random() % 400).ok());
-      ASSERT_LE(max_difference(harness.out(), harness.reference_out()), kTolerance) << round;
+      ASSERT_LE(max_difference(harness.out(), harness.reference_out()), kOutputTolerance) << round;
     }
   }
   EXPECT_EQ(harness.device().wrong_blocks(), 0u);
@@ -103,7 +102,7 @@ TEST(Sequence, TruncateToNothingAndToTheSame) {
   EXPECT_EQ(harness.step(0, 50).code(), StatusCode::kInvalidArgument);
   ASSERT_TRUE(harness.append(60).ok());
   ASSERT_TRUE(harness.step(1, 50).ok());
-  EXPECT_LE(max_difference(harness.out(), harness.reference_out()), kTolerance);
+  EXPECT_LE(max_difference(harness.out(), harness.reference_out()), kOutputTolerance);
   EXPECT_EQ(harness.device().wrong_blocks(), 0u);
 }
 
@@ -115,7 +114,7 @@ TEST(Sequence, FullHostAndDiskRefuseTheNextTokenAndLoseNothing) {
   std::uint32_t appended = 0;
   while (status.ok() && appended < 1024) {
     status = harness.append(1);
-    appended += status.ok() ? 1 : 0;
+    appended += status.ok() ? 1u : 0u;
   }
   ASSERT_EQ(status.code(), StatusCode::kNoSpace) << status.to_string();
   EXPECT_GT(appended, 4u * 31u);
@@ -123,7 +122,7 @@ TEST(Sequence, FullHostAndDiskRefuseTheNextTokenAndLoseNothing) {
   ASSERT_TRUE(harness.truncate(appended).ok());
   ASSERT_TRUE(harness.step(0, 1024).ok());
   EXPECT_EQ(harness.report().attended_tokens_max, appended);
-  EXPECT_LE(max_difference(harness.out(), harness.reference_out()), kTolerance);
+  EXPECT_LE(max_difference(harness.out(), harness.reference_out()), kOutputTolerance);
   EXPECT_EQ(harness.device().wrong_blocks(), 0u);
 }
 

@@ -34,8 +34,9 @@ class Tables : public ::testing::Test {
         table_(layout_, frames_, kPlaces, make_eviction_policy("lru", kFrames).value()) {}
 
   ExtentId create() {
-    return table_.create({.sequence = SequenceId{0}, .layer = LayerIndex{1}, .first_block = BlockIndex{32}},
-                         table_.take_free_frame().value())
+    return table_
+        .create({.sequence = SequenceId{0}, .layer = LayerIndex{1}, .first_block = BlockIndex{32}},
+                table_.take_free_frame().value())
         .value();
   }
   // Filled, written and droppable.
