@@ -50,8 +50,10 @@ RuntimeNeeds compute_needs(const RuntimeOptions& options, const BlockLayout& lay
   RuntimeNeeds needs;
   needs.device_bytes =
       (streams * held_slots_per_stream(options, layout) + chunk) * layout.block_bytes();
-  // One extent being filled per stream, one being read and one being looked into.
-  needs.host_bytes = (streams + 2) * layout.extent_bytes();
+  // One extent being filled per stream, and two being read; where a chunk must be attended as a
+  // whole, its blocks may lie in as many extents as it has blocks.
+  const std::uint64_t reading = options.deterministic ? std::max<std::uint64_t>(2, chunk) : 2;
+  needs.host_bytes = (streams + reading) * layout.extent_bytes();
   needs.extent_bytes_total =
       streams * ceil_divide(options.tokens_max, layout.tokens_per_extent()) * layout.extent_bytes();
   return needs;

@@ -27,7 +27,10 @@ Status Sequence::State::run_waves(const StepRequest& request, StepTiming& timing
   std::uint32_t end = plan_wave(0, hits, slots_max, *runtime.waves[0]);
   runtime.waves[0]->begin();
   while (begin < items) {
-    if (end == begin) return no_space("no device slot or host frame is left for a step's blocks");
+    if (end == begin) {
+      fail_outputs(request);
+      return no_space("no device slot or host frame is left for a step's blocks");
+    }
     ++runtime.wave_count;
     const Duration fetch_start = runtime.now();
     runtime.waves[static_cast<std::size_t>(turn)]->finish(failures);
