@@ -39,7 +39,7 @@ std::optional<ExtentId> BlockTable::create(const ExtentOwner& owner, FrameId fra
   extent = Extent{};
   extent.owner = owner;
   advance(id, HomeEvent::kCreate);
-  admit(id, frame);
+  admit(id, frame, Admission::kUsed);
   hold_frame(id);
   header(id).format(owner.layer, owner.head_group);
   return id;
@@ -84,18 +84,18 @@ std::optional<ExtentId> BlockTable::choose_victim() {
 }
 
 void BlockTable::keep(ExtentId id) {
-  policy_->admit(row(id).frame.value, id.value);
+  policy_->admit(row(id).frame.value, id.value, Admission::kUsed);
   hold_frame(id);
 }
 
-void BlockTable::admit(ExtentId id, FrameId frame) {
+void BlockTable::admit(ExtentId id, FrameId frame, Admission why) {
   Extent& extent = row(id);
   KVTIER_CHECK(extent.frame.is_none(), "extent {} has a frame already", id.value);
   extent.frame = frame;
   extent_of_frame_[frame.value] = id;
   held_[frame.value] = 0;
   ++droppable_;
-  policy_->admit(frame.value, id.value);
+  policy_->admit(frame.value, id.value, why);
   const auto first = std::ptrdiff_t{frame.value} * layout_.blocks_per_extent();
   std::fill_n(damaged_.begin() + first, layout_.blocks_per_extent(), false);
   damaged_count_[frame.value] = 0;
@@ -164,6 +164,16 @@ bool BlockTable::take_place(ExtentId id) {
   free_places_.pop_back();
   places_peak_ = std::max(places_peak_, places_used());
   return true;
+}
+
+void BlockTable::change_place(ExtentId id) {
+  if (free_places_.empty()) return;
+  Extent& extent = row(id);
+  const std::uint32_t old = extent.place.value;
+  extent.place = ExtentPlace{free_places_.back()};
+  // Behind all others, so that it is not the next to be tried.
+  free_places_.pop_back();
+  free_places_.insert(free_places_.begin(), old);
 }
 
 void BlockTable::give_back_place(ExtentId id) {

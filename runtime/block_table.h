@@ -53,6 +53,8 @@ class BlockTable {
 
   // --- Rows.
 
+  /// Extents that there can be: ids are below this.
+  std::uint32_t rows() const { return static_cast<std::uint32_t>(rows_.size()); }
   Extent& row(ExtentId id) { return rows_.at(id.value); }
   const Extent& row(ExtentId id) const { return rows_.at(id.value); }
   /// Applies one event of the state machine.
@@ -84,7 +86,7 @@ class BlockTable {
   void keep(ExtentId id);
 
   /// Puts an extent that is arriving in its frame under the eviction policy.
-  void admit(ExtentId id, FrameId frame);
+  void admit(ExtentId id, FrameId frame, Admission why);
   void touch(ExtentId id) { policy_->touch(row(id).frame.value); }
   /// Takes the frame from an extent that `choose_victim` named.
   void detach_frame(ExtentId id);
@@ -117,6 +119,8 @@ class BlockTable {
   /// Takes a place for the extent; false when the disk is full.
   bool take_place(ExtentId id);
   void give_back_place(ExtentId id);
+  /// Takes another place in exchange for the extent's own, where one is free.
+  void change_place(ExtentId id);
   std::uint64_t disk_offset(ExtentId id) const {
     return std::uint64_t{row(id).place.value} * layout_.extent_bytes();
   }

@@ -55,7 +55,7 @@ std::optional<SlotId> DeviceMap::reserve(BlockId id) { return take(id, Residency
 
 void DeviceMap::arrive(SlotId slot) {
   advance(slot, ResidencyEvent::kArrive);
-  policy_->admit(slot.value, slots_[slot.value].block.value);
+  policy_->admit(slot.value, slots_[slot.value].block.value, Admission::kUsed);
 }
 
 void DeviceMap::fail(SlotId slot) {
@@ -65,7 +65,7 @@ void DeviceMap::fail(SlotId slot) {
 
 void DeviceMap::seal(SlotId slot) {
   advance(slot, ResidencyEvent::kSeal);
-  policy_->admit(slot.value, slots_[slot.value].block.value);
+  policy_->admit(slot.value, slots_[slot.value].block.value, Admission::kUsed);
 }
 
 void DeviceMap::reopen(SlotId slot) {

@@ -13,7 +13,8 @@ HostTier::HostTier(const Parts& parts)
       map_(*parts.map),
       engine_(*parts.engine),
       verify_(parts.verify),
-      counters_(*parts.counters) {
+      counters_(*parts.counters),
+      reading_frames_(parts.reading_frames) {
   seals_.reserve(kSealsMax);
   seal_spans_.reserve(kSealsMax);
 }
@@ -23,13 +24,7 @@ HostTier::HostTier(const Parts& parts)
 Status HostTier::make_room() {
   while (table_.frames_used() == table_.frames()) {
     const std::optional<ExtentId> victim = table_.choose_victim();
-    if (!victim) {
-      if (!disk_failure_.ok()) return disk_failure_;
-      return no_space(fmt::format(
-          "all {} host frames hold extents that have no copy on disk, and all {} places "
-          "on disk are taken or out of reach; give the host or disk tier more capacity",
-          table_.frames(), table_.places()));
-    }
+    if (!victim) return out_of_frames();
     Extent& extent = table_.row(*victim);
     if (extent.state == HomeState::kWriting) end_write(*victim);
     if (extent.state == HomeState::kHost) {
@@ -41,12 +36,19 @@ Status HostTier::make_room() {
   return {};
 }
 
+Status HostTier::out_of_frames() const {
+  if (!disk_full_.ok()) return disk_full_;
+  return no_space(fmt::format(
+      "{} of {} host frames hold extents that have no copy on disk, {} are kept for reading, and "
+      "all {} places on disk are taken or out of reach; give the host or disk tier more capacity",
+      table_.frames() - table_.frames_available(), table_.frames(), reading_frames_,
+      table_.places()));
+}
+
 void HostTier::drop(ExtentId id) {
   Extent& extent = table_.row(id);
   if (extent.state == HomeState::kReading) {
-    extent.transfer.cancel();
-    (void)extent.transfer.wait();  // Whatever came of it is not wanted any more.
-    table_.advance(id, HomeEvent::kReadFailed);
+    abandon_read(id);
   } else {
     table_.advance(id, HomeEvent::kDropFrame);
   }
@@ -56,9 +58,23 @@ void HostTier::drop(ExtentId id) {
   ++counters_.host_evictions;
 }
 
+// Not cancelled: whether a cancellation comes in time depends on timing, and what a file has seen
+// must not (a faulty one counts its uses).
+void HostTier::abandon_read(ExtentId id) {
+  (void)table_.row(id).transfer.wait();  // Whatever came of it is not wanted any more.
+  table_.advance(id, HomeEvent::kReadFailed);
+}
+
 void HostTier::end_write(ExtentId id) {
   Extent& extent = table_.row(id);
-  const Status written = extent.transfer.wait();
+  Status written = extent.transfer.wait();
+  for (int attempt = 1;
+       !written.ok() && written.code() != StatusCode::kNoSpace && attempt < kWriteAttempts;
+       ++attempt) {
+    table_.change_place(id);
+    written = submit_write(id);
+    if (written.ok()) written = extent.transfer.wait();
+  }
   if (written.ok()) {
     table_.advance(id, HomeEvent::kWriteDone);
     return;
@@ -67,7 +83,8 @@ void HostTier::end_write(ExtentId id) {
   table_.advance(id, HomeEvent::kWriteFailed);
   table_.give_back_place(id);
   ++counters_.disk_writes_failed;
-  if (disk_failure_.ok() && written.code() == StatusCode::kNoSpace) disk_failure_ = written;
+  if (write_failure_.ok()) write_failure_ = written;
+  if (disk_full_.ok() && written.code() == StatusCode::kNoSpace) disk_full_ = written;
 }
 
 void HostTier::settle_write(ExtentId id) {
@@ -79,6 +96,7 @@ void HostTier::settle_write(ExtentId id) {
 // --- Writing through.
 
 Result<ExtentId> HostTier::create(const ExtentOwner& owner) {
+  if (table_.frames_available() <= reading_frames_) return out_of_frames();
   KVTIER_RETURN_IF_ERROR(make_room());
   const std::optional<FrameId> frame = table_.take_free_frame();
   KVTIER_CHECK(frame.has_value(), "room was made and none is there");
@@ -88,7 +106,12 @@ Result<ExtentId> HostTier::create(const ExtentOwner& owner) {
 }
 
 Status HostTier::write_through(BlockId id, SlotId slot) {
-  if (seals_.size() == kSealsMax) KVTIER_RETURN_IF_ERROR(settle());
+  if (seals_.size() == kSealsMax) {
+    const Status settled = settle();
+    // Nothing is known of this block's bytes in the frame.
+    if (!settled.ok()) table_.set_damaged(id, true);
+    KVTIER_RETURN_IF_ERROR(settled);
+  }
   const std::span<const std::byte> payload(map_.address(slot), layout_.payload_bytes());
   const BlockIdentity identity = table_.identity(id);
   const Generation generation = table_.generation(id);
@@ -170,19 +193,24 @@ Status HostTier::complete(ExtentId id) {
     }
   }
   table_.header(id).seal();
-  Extent& extent = table_.row(id);
-  Result<Transfer> transfer = engine_.submit({.route = Route::kHostToDisk,
-                                              .priority = Priority::kWriteBack,
-                                              .offset = table_.disk_offset(id),
-                                              .buffer = table_.frame_bytes(extent.frame)});
-  if (!transfer.ok()) {
+  const Status submitted = submit_write(id);
+  if (!submitted.ok()) {
     table_.give_back_place(id);
-    return transfer.status();
+    return submitted;
   }
-  extent.transfer = std::move(*transfer);
   table_.advance(id, HomeEvent::kStartWrite);
   table_.unhold_frame(id);
-  return disk_failure_;
+  return disk_full_;
+}
+
+Status HostTier::submit_write(ExtentId id) {
+  Extent& extent = table_.row(id);
+  KVTIER_ASSIGN_OR_RETURN(extent.transfer,
+                          engine_.submit({.route = Route::kHostToDisk,
+                                          .priority = Priority::kWriteBack,
+                                          .offset = table_.disk_offset(id),
+                                          .buffer = table_.frame_bytes(extent.frame)}));
+  return {};
 }
 
 // --- Reading.
@@ -206,7 +234,8 @@ Status HostTier::start_read(ExtentId id, Priority priority) {
     KVTIER_RETURN_IF_ERROR(make_room());
     const std::optional<FrameId> frame = table_.take_free_frame();
     KVTIER_CHECK(frame.has_value(), "room was made and none is there");
-    table_.admit(id, *frame);
+    table_.admit(id, *frame,
+                 priority == Priority::kPrefetch ? Admission::kPredicted : Admission::kUsed);
   }
   table_.advance(id, HomeEvent::kStartRead);
   const Status submitted = submit_read(id, priority);
@@ -342,11 +371,7 @@ BlockFailure HostTier::describe(BlockId id, Tier tier, StatusCode code, const Bl
 void HostTier::release(ExtentId id) {
   Extent& extent = table_.row(id);
   if (extent.state == HomeState::kWriting) end_write(id);
-  if (extent.state == HomeState::kReading) {
-    extent.transfer.cancel();
-    (void)extent.transfer.wait();
-    table_.advance(id, HomeEvent::kReadFailed);
-  }
+  if (extent.state == HomeState::kReading) abandon_read(id);
   if (extent.prefetched) counters_.prefetch.wasted_bytes += layout_.extent_bytes();
   extent.prefetched = false;
   table_.release(id);

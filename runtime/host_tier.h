@@ -42,6 +42,8 @@ class HostTier {
  public:
   /// Reads of one extent before its blocks are given up.
   static constexpr int kReadAttempts = 3;
+  /// Writes of one extent, each to another place where there is one.
+  static constexpr int kWriteAttempts = 3;
   /// Copies of one block over the link before it is given up.
   static constexpr int kCopyAttempts = 3;
   /// Sealed blocks that are copied to their frames at once.
@@ -54,13 +56,16 @@ class HostTier {
     TransferEngine* engine;
     VerifyMode verify;
     MoverCounters* counters;
+    /// Frames that a step must find free or droppable to read what it selects.
+    std::uint32_t reading_frames;
   };
   explicit HostTier(const Parts& parts);
 
   // --- Writing through.
 
-  /// A new extent in a fresh frame. `no_space` when nothing can be dropped. May wait for a write or
-  /// a read that occupies the frame chosen.
+  /// A new extent in a fresh frame. `no_space` when nothing can be dropped, or when steps could no
+  /// longer read from disk afterwards. May wait for a write or a read that occupies the frame
+  /// chosen.
   Result<ExtentId> create(const ExtentOwner& owner);
   /// Records a sealed block; its bytes are copied from its slot to its frame by the next `settle`,
   /// which this calls when `kSealsMax` blocks wait. The slot is held until then.
@@ -70,8 +75,9 @@ class HostTier {
   /// Every block of the extent is sealed: settles, and starts writing it to disk where a place is
   /// left there.
   Status complete(ExtentId id);
-  /// The first failure of a disk write that took data's second home away; sticky.
-  const Status& disk_failure() const { return disk_failure_; }
+  /// The first failure of a disk write that repeating did not mend: what it was to write stayed in
+  /// its frame.
+  const Status& write_failure() const { return write_failure_; }
 
   // --- Reading.
 
@@ -99,8 +105,11 @@ class HostTier {
 
  private:
   Status make_room();
+  Status out_of_frames() const;
   void drop(ExtentId id);
   void end_write(ExtentId id);
+  void abandon_read(ExtentId id);
+  Status submit_write(ExtentId id);
   Status submit_read(ExtentId id, Priority priority);
   /// Verifies header and blocks of what just arrived; marks the damaged ones.
   Status verify_arrival(ExtentId id);
@@ -121,7 +130,10 @@ class HostTier {
   TransferEngine& engine_;
   VerifyMode verify_;
   MoverCounters& counters_;
-  Status disk_failure_;
+  std::uint32_t reading_frames_;
+  Status write_failure_;
+  /// Sticky: a file that refused for lack of space is not asked again.
+  Status disk_full_;
   std::vector<Seal> seals_;
   std::vector<CopySpan> seal_spans_;
 };

@@ -15,8 +15,9 @@ namespace kvtier {
 ///
 /// Predicts two things: that the next layer attends what it attended one token ago, and that this
 /// layer soon attends the blocks ranked just below the cut. Decides by what the tables say, never
-/// by how far a transfer has come, and never takes a frame from what it has just promoted itself.
-/// One thread at a time; allocates only when made.
+/// by how far a transfer has come, and promotes no more in a step than an eighth of what can be
+/// dropped: prediction must not empty the host tier of what was asked for. One thread at a time;
+/// allocates only when made.
 class LookAhead {
  public:
   struct Parts {
@@ -26,28 +27,41 @@ class LookAhead {
     HostTier* host;
     MoverCounters* counters;
   };
-  LookAhead(const Parts& parts, std::uint64_t bytes_per_step);
+  struct Limits {
+    std::uint64_t bytes_per_step = 0;
+    /// Steps that a prediction is good for: one token's.
+    std::uint32_t steps_ahead = 1;
+  };
+  LookAhead(const Parts& parts, const Limits& limits);
 
-  bool enabled() const { return bytes_per_step_ > 0; }
+  bool enabled() const { return limits_.bytes_per_step > 0; }
 
   /// Starts a step: the byte budget is whole again.
   void begin_step(std::uint64_t step);
-  /// Promotes the extents of these blocks, in order, as far as the budget goes; what it cannot pay
-  /// for is remembered as predicted.
-  void promote(std::span<const BlockId> blocks);
-  /// A block has to be read from disk on demand: late, when it was predicted and left out.
+  /// Blocks that may be asked for: their extents are counted, where they are on disk alone.
+  void consider(std::span<const BlockId> blocks);
+  /// Promotes the extents considered since the last call, those with most blocks first, as far as
+  /// the budget goes; what it cannot pay for is remembered as predicted.
+  void promote();
+  /// A block has to be read from disk on demand: late, when it was predicted for this step and left
+  /// out.
   void note_demand(ExtentId extent);
 
  private:
+  bool promote(ExtentId id);
+
   BlockLayout layout_;
   BlockTable& table_;
   DeviceMap& map_;
   HostTier& host_;
   MoverCounters& counters_;
-  std::uint64_t bytes_per_step_;
+  Limits limits_;
   std::uint64_t bytes_left_ = 0;
   std::uint32_t frames_left_ = 0;
   std::uint64_t step_ = 0;
+  // Invariant: considered_ lists the extents whose blocks_considered_ is not 0, each once.
+  std::vector<ExtentId> considered_;
+  std::vector<std::uint32_t> blocks_considered_;
 };
 
 }  // namespace kvtier

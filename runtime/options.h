@@ -35,7 +35,7 @@ struct RuntimeOptions {
   std::uint32_t window = 64;  ///< Last tokens, likewise.
 
   // How it moves.
-  std::string eviction = "lru";  ///< For device slots and host frames; see `make_eviction_policy`.
+  std::string eviction = "lrfu";  ///< For device slots and host frames; see `make_eviction_policy`.
   /// Bytes per step that look-ahead may promote from disk to host; 0 switches it off.
   std::uint64_t look_ahead_bytes = 0;
   VerifyMode verify = VerifyMode::kArrivals;
@@ -58,6 +58,10 @@ struct RuntimeOptions {
 struct RuntimeNeeds {
   std::size_t device_bytes = 0;
   std::size_t host_bytes = 0;
+  /// The part of the host tier that stays free of blocks which lie nowhere else, so that there is
+  /// room to read into: with a disk tier, host and disk together must exceed
+  /// `extent_bytes_total` by this.
+  std::size_t host_reserve_bytes = 0;
   /// What all sequences at full length occupy in extents, on host and disk together.
   std::uint64_t extent_bytes_total = 0;
 };

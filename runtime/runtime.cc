@@ -43,17 +43,25 @@ std::uint64_t held_slots_per_stream(const RuntimeOptions& options, const BlockLa
   return std::min<std::uint64_t>(held, ceil_divide(options.tokens_max, tokens));
 }
 
+// Frames that hold nothing but what can be read again: two extents that a step reads at a time, or,
+// where a chunk must be attended as a whole, as many as it has blocks; and the one in each stream
+// that a truncation cuts.
+std::uint32_t reading_frames(const RuntimeOptions& options, const BlockLayout& layout) {
+  const std::uint32_t streams = options.sequences_max * options.layers * layout.head_groups();
+  return streams + (options.deterministic ? std::max(2u, blocks_per_chunk(layout)) : 2);
+}
+
 RuntimeNeeds compute_needs(const RuntimeOptions& options, const BlockLayout& layout) {
   const std::uint64_t streams =
       std::uint64_t{options.sequences_max} * options.layers * layout.head_groups();
-  const std::uint64_t chunk = std::max(1u, kAttentionTileTokens / layout.tokens_per_block());
   RuntimeNeeds needs;
+  // A truncation brings one block per stream beside those that are held.
   needs.device_bytes =
-      (streams * held_slots_per_stream(options, layout) + chunk) * layout.block_bytes();
-  // One extent being filled per stream, and two being read; where a chunk must be attended as a
-  // whole, its blocks may lie in as many extents as it has blocks.
-  const std::uint64_t reading = options.deterministic ? std::max<std::uint64_t>(2, chunk) : 2;
-  needs.host_bytes = (streams + reading) * layout.extent_bytes();
+      (streams * (held_slots_per_stream(options, layout) + 1) + blocks_per_chunk(layout)) *
+      layout.block_bytes();
+  needs.host_reserve_bytes = reading_frames(options, layout) * layout.extent_bytes();
+  // And one extent being filled per stream.
+  needs.host_bytes = streams * layout.extent_bytes() + needs.host_reserve_bytes;
   needs.extent_bytes_total =
       streams * ceil_divide(options.tokens_max, layout.tokens_per_extent()) * layout.extent_bytes();
   return needs;
@@ -68,10 +76,12 @@ Status check_capacities(const RuntimeOptions& options, const BlockLayout& layout
         options.device_capacity_bytes, needs.device_bytes));
   }
   if (options.host_capacity_bytes < needs.host_bytes) {
-    return invalid_argument(fmt::format(
-        "host capacity is {} bytes, but one step needs {} (an extent of {} bytes being filled for "
-        "every layer and head group, and two being read)",
-        options.host_capacity_bytes, needs.host_bytes, layout.extent_bytes()));
+    return invalid_argument(
+        fmt::format("host capacity is {} bytes, but {} are needed (an extent of {} bytes being "
+                    "filled for every "
+                    "layer and head group, and {} to read into)",
+                    options.host_capacity_bytes, needs.host_bytes, layout.extent_bytes(),
+                    reading_frames(options, layout)));
   }
   return {};
 }
@@ -151,11 +161,13 @@ Result<std::unique_ptr<Runtime>> Runtime::open(const RuntimeOptions& options,
       layout, s.frames.bytes(), static_cast<std::uint32_t>(places), std::move(frame_policy));
   const std::uint64_t blocks = (frame_count + places) * layout.blocks_per_extent();
   s.map = std::make_unique<DeviceMap>(layout, s.slab.bytes(), blocks, std::move(slot_policy));
-  s.host = std::make_unique<HostTier>(HostTier::Parts{&s.layout, s.table.get(), s.map.get(),
-                                                      s.engine.get(), options.verify, &s.counters});
+  s.host = std::make_unique<HostTier>(
+      HostTier::Parts{&s.layout, s.table.get(), s.map.get(), s.engine.get(), options.verify,
+                      &s.counters, places > 0 ? reading_frames(options, layout) : 0});
   s.look_ahead = std::make_unique<LookAhead>(
       LookAhead::Parts{&s.layout, s.table.get(), s.map.get(), s.host.get(), &s.counters},
-      places > 0 ? options.look_ahead_bytes : 0);
+      LookAhead::Limits{.bytes_per_step = places > 0 ? options.look_ahead_bytes : 0,
+                        .steps_ahead = options.layers});
   for (auto& wave : s.waves) {
     wave = std::make_unique<WaveFetch>(
         WaveFetch::Parts{&s.layout, s.table.get(), s.map.get(), s.host.get(), s.engine.get(),
@@ -231,7 +243,7 @@ Status Runtime::close() {
   s.closed = true;
   const Status drained = s.engine->close();
   if (!drained.ok()) return drained;
-  return s.host->disk_failure();
+  return s.host->write_failure();
 }
 
 }  // namespace kvtier

@@ -66,6 +66,7 @@ struct StepReport {
   std::span<const BlockFailure> failures;   ///< Empty when the step succeeded.
   std::uint32_t attended_tokens_max = 0;    ///< Largest head group.
   std::uint64_t attended_tokens_total = 0;  ///< Over the head groups.
+  std::uint64_t metadata_bytes = 0;         ///< Of this layer's selector.
   StepTiming timing;
 };
 
@@ -73,8 +74,10 @@ class Sequence;
 
 /// Decodes over KV blocks that live on three tiers.
 ///
-/// Owns the slab, the frames, the tables and the transfer engine; borrows the environment. All
-/// memory is taken by `open`. One thread at a time for the runtime and all its sequences.
+/// Owns the slab, the frames, the tables and the transfer engine; borrows the environment. All of
+/// the tiers' memory is taken by `open`; lists of a step's work grow to the largest step and stay,
+/// so that decoding allocates nothing in the long run. One thread at a time for the runtime and all
+/// its sequences.
 class Runtime {
  public:
   /// `invalid_argument` names the option that is wrong, and the least bytes that would do where a
@@ -94,8 +97,8 @@ class Runtime {
   /// the same tokens. `no_space` when `sequences_max` are open.
   Result<std::unique_ptr<Sequence>> create_sequence(Origin origin);
 
-  /// Counters so far; cheap, and still there after `close`. Bytes per route count what has ended:
-  /// exact after `close`, and between steps as far as transfers have come.
+  /// Counters so far; cheap, and still there after `close`. Functions of the calls alone, but for
+  /// the routes: of their counters only `submitted_bytes` is, the others follow the transfers.
   RuntimeStats stats() const;
 
   /// Ends all transfers and writes, closes the transfer engine. Every sequence is closed before.

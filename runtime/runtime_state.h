@@ -15,6 +15,11 @@
 
 namespace kvtier {
 
+/// Blocks that are attended together in one piece when results must not depend on residency.
+inline std::uint32_t blocks_per_chunk(const BlockLayout& layout) {
+  return std::max(1u, kAttentionTileTokens / layout.tokens_per_block());
+}
+
 /// What a runtime owns, in order of dependence. Private to runtime/.
 struct Runtime::State {
   RuntimeOptions options;
@@ -43,10 +48,7 @@ struct Runtime::State {
 
   /// Query heads that share one selection.
   std::uint32_t heads_per_group() const { return options.query_heads / layout.head_groups(); }
-  /// Blocks that are attended together in one piece when results must not depend on residency.
-  std::uint32_t blocks_per_chunk() const {
-    return std::max(1u, kAttentionTileTokens / layout.tokens_per_block());
-  }
+  std::uint32_t blocks_per_chunk() const { return kvtier::blocks_per_chunk(layout); }
   Duration now() const { return environment.clock->now(); }
   void record(Track track, const char* name, Duration start, Duration end,
               std::uint64_t bytes) const {

@@ -203,11 +203,13 @@ Status Sequence::State::prepare_cut(Stream& stream, std::uint32_t tokens_left) {
   if (is_tail(stream, index)) return {};
   if (cuts_block) return prepare_block(block_id(stream, index));
   if (index.value % runtime.layout.blocks_per_extent() == 0) return {};
-  return prepare_extent(runtime.layout.extent_of(block_id(stream, index)));
+  const BlockId block = block_id(stream, index);
+  return prepare_extent(runtime.layout.extent_of(block), runtime.layout.place_of(block));
 }
 
 Status Sequence::State::prepare_block(BlockId block) {
-  KVTIER_RETURN_IF_ERROR(prepare_extent(runtime.layout.extent_of(block)));
+  KVTIER_RETURN_IF_ERROR(
+      prepare_extent(runtime.layout.extent_of(block), runtime.layout.place_of(block)));
   if (runtime.map->find(block).is_none()) {
     KVTIER_RETURN_IF_ERROR(bring_up(block));
   } else {
@@ -217,8 +219,8 @@ Status Sequence::State::prepare_block(BlockId block) {
   return {};
 }
 
-Status Sequence::State::prepare_extent(ExtentId extent) {
-  KVTIER_RETURN_IF_ERROR(bring_home(extent));
+Status Sequence::State::prepare_extent(ExtentId extent, std::uint32_t first_cut) {
+  KVTIER_RETURN_IF_ERROR(bring_home(extent, first_cut));
   runtime.table->hold_frame(extent);
   cut_frames.push_back(extent);
   return {};
@@ -254,21 +256,35 @@ void Sequence::State::cut_selector(LayerIndex layer, std::uint32_t tokens_left) 
 }
 
 void Sequence::State::end_cut() {
-  for (ExtentId extent : cut_frames) runtime.table->unhold_frame(extent);
+  for (ExtentId extent : cut_frames) {
+    // Reading it over can have cost an extent its frame.
+    if (!runtime.table->row(extent).frame.is_none()) runtime.table->unhold_frame(extent);
+  }
   for (SlotId slot : cut_slots) runtime.map->unhold(slot);
   cut_frames.clear();
   cut_slots.clear();
 }
 
-// Has the extent in a frame.
-Status Sequence::State::bring_home(ExtentId extent) {
+// Has the extent in a frame, its blocks before `first_cut` as intact as they can be had: its copy
+// on disk is about to be given up. One that is damaged for good stays marked, and fails the step
+// that wants it.
+Status Sequence::State::bring_home(ExtentId extent, std::uint32_t first_cut) {
   Extent& row = runtime.table->row(extent);
-  if (is_in_frame(row.state)) return {};
-  if (row.state == HomeState::kDisk) {
+  wanted.clear();
+  bool damaged = false;
+  for (std::uint32_t place = 0; place < std::min(first_cut, row.sealed); ++place) {
+    const BlockId block = runtime.layout.block_id(extent, place);
+    wanted.push_back(block);
+    damaged = damaged || (is_in_frame(row.state) && runtime.table->is_damaged(block));
+  }
+  if (damaged) runtime.host->settle_write(extent);
+  if (row.state == HomeState::kDisk || (damaged && row.state == HomeState::kBoth)) {
     KVTIER_RETURN_IF_ERROR(runtime.host->start_read(extent, Priority::kDemand));
   }
-  failures.clear();
-  runtime.host->finish_read(extent, {}, failures);
+  if (row.state == HomeState::kReading) {
+    failures.clear();
+    runtime.host->finish_read(extent, wanted, failures);
+  }
   if (is_in_frame(row.state)) return {};
   return io_error(fmt::format("the extent at disk offset {} that a truncation cuts cannot be read",
                               runtime.table->disk_offset(extent)));

@@ -61,7 +61,8 @@ struct Sequence::State {
   std::vector<float> partial_out;
   std::vector<float> partial_lse;
   std::vector<std::uint32_t> query_positions;
-  std::vector<BlockId> predictions;
+  std::vector<BlockId> wanted;
+  std::vector<WorkItem> work_missing;
 
   // What a truncation holds on to while it is under way.
   std::vector<ExtentId> cut_frames;
@@ -89,11 +90,11 @@ struct Sequence::State {
   void slide_window(Stream& stream);
   Status prepare_cut(Stream& stream, std::uint32_t tokens_left);
   Status prepare_block(BlockId block);
-  Status prepare_extent(ExtentId extent);
+  Status prepare_extent(ExtentId extent, std::uint32_t first_cut);
   void cut_selector(LayerIndex layer, std::uint32_t tokens_left);
   void cut(Stream& stream, std::uint32_t tokens_left);
   void end_cut();
-  Status bring_home(ExtentId extent);
+  Status bring_home(ExtentId extent, std::uint32_t first_cut);
   Status bring_up(BlockId block);
   bool is_tail(const Stream& stream, BlockIndex index) const;
   bool is_held_by(const Stream& stream, BlockIndex index) const;
@@ -101,6 +102,7 @@ struct Sequence::State {
 
   // step.cc
   Status check_step(const StepRequest& request) const;
+  Status refuse(const StepRequest& request, StepReport* report, const Status& status);
   void plan_work(const StepRequest& request);
   void append_group_work(Stream& stream, const GroupSelection& selection,
                          std::uint32_t window_begin);

@@ -12,7 +12,8 @@ namespace kvtier {
 Status Sequence::step(const StepRequest& request, StepReport* report) {
   State& s = *state_;
   Runtime::State& runtime = s.runtime;
-  KVTIER_RETURN_IF_ERROR(s.check_step(request));
+  const Status checked = s.check_step(request);
+  if (!checked.ok()) return s.refuse(request, report, checked);
   StepTiming timing;
   const Duration start = runtime.now();
   runtime.counters.waits = 0;
@@ -21,19 +22,21 @@ Status Sequence::step(const StepRequest& request, StepReport* report) {
 
   const std::uint32_t tokens = s.tokens[request.layer.value];
   Selector& selector = *s.selectors[request.layer.value];
-  KVTIER_RETURN_IF_ERROR(selector.select(
+  const Status chosen = selector.select(
       {.queries = request.queries,
        .query_stride = std::size_t{runtime.options.query_heads} * runtime.layout.head_dim(),
        .query_count = request.query_count,
        .first_position = tokens - request.query_count,
        .budget_tokens = request.budget_tokens,
        .band_tokens = runtime.look_ahead->enabled() ? request.budget_tokens : 0},
-      s.selections, runtime.environment.device->workers()));
+      s.selections, runtime.environment.device->workers());
+  if (!chosen.ok()) return s.refuse(request, report, chosen);
   const Duration selected = runtime.now();
   timing.select = selected - start;
   runtime.record(Track::kSelect, "select", start, selected, 0);
 
   s.plan_work(request);
+  timing.resolve += runtime.now() - selected;
   const Status status = s.run_waves(request, timing);
   if (status.ok()) {
     const Duration before = runtime.now();
@@ -49,6 +52,14 @@ Status Sequence::step(const StepRequest& request, StepReport* report) {
   timing.total = runtime.now() - start;
   timing.waits = runtime.counters.waits;
   s.fill_report(timing, report);
+  if (report != nullptr) report->metadata_bytes = selector.metadata_bytes();
+  return status;
+}
+
+Status Sequence::State::refuse(const StepRequest& request, StepReport* report,
+                               const Status& status) {
+  fail_outputs(request);
+  if (report != nullptr) *report = {};
   return status;
 }
 
@@ -192,15 +203,17 @@ void Sequence::State::predict(LayerIndex layer) {
       stream.last_set.push_back(block_id(stream, selection.ranked[i].block));
     }
   }
-  for (Stream& stream : streams_of(next)) runtime.look_ahead->promote(stream.last_set);
+  for (Stream& stream : streams_of(next)) runtime.look_ahead->consider(stream.last_set);
+  runtime.look_ahead->promote();
   for (Stream& stream : streams_of(layer)) {
     const GroupSelection& selection = selections[stream.head_group.value];
-    predictions.clear();
+    wanted.clear();
     for (std::size_t i = selection.chosen; i < selection.ranked.size(); ++i) {
-      predictions.push_back(block_id(stream, selection.ranked[i].block));
+      wanted.push_back(block_id(stream, selection.ranked[i].block));
     }
-    runtime.look_ahead->promote(predictions);
+    runtime.look_ahead->consider(wanted);
   }
+  runtime.look_ahead->promote();
 }
 
 }  // namespace kvtier

@@ -20,12 +20,18 @@ Status Sequence::State::run_waves(const StepRequest& request, StepTiming& timing
   const std::uint32_t available = runtime.map->available();
   const std::uint32_t slots_max = items <= available ? available : available / 2;
   timing.resolve += runtime.now() - resolve_start;
+  const auto plan_and_begin = [&](std::uint32_t first, WaveFetch& fetch) {
+    const Duration start = runtime.now();
+    const std::uint32_t last = plan_wave(first, hits, slots_max, fetch);
+    fetch.begin();
+    timing.resolve += runtime.now() - start;
+    return last;
+  };
 
   Status status;
   int turn = 0;
   std::uint32_t begin = 0;
-  std::uint32_t end = plan_wave(0, hits, slots_max, *runtime.waves[0]);
-  runtime.waves[0]->begin();
+  std::uint32_t end = plan_and_begin(0, *runtime.waves[0]);
   while (begin < items) {
     if (end == begin) {
       fail_outputs(request);
@@ -43,14 +49,12 @@ Status Sequence::State::run_waves(const StepRequest& request, StepTiming& timing
     }
     turn = 1 - turn;
     WaveFetch& next = *runtime.waves[static_cast<std::size_t>(turn)];
-    std::uint32_t next_end = plan_wave(end, hits, slots_max, next);
-    next.begin();
+    std::uint32_t next_end = plan_and_begin(end, next);
     if (status.ok()) status = attend_wave(request, begin, end, timing);
     release_wave(begin, end);
     if (next_end == end && end < items) {
       // Nothing fitted beside the wave that has just ended.
-      next_end = plan_wave(end, hits, slots_max, next);
-      next.begin();
+      next_end = plan_and_begin(end, next);
     }
     begin = end;
     end = next_end;
@@ -65,10 +69,17 @@ Status Sequence::State::run_waves(const StepRequest& request, StepTiming& timing
 
 // Resident blocks come first: they are attended while the others are on their way.
 std::uint32_t Sequence::State::put_hits_first() {
-  const auto middle = std::stable_partition(work.begin(), work.end(), [this](const WorkItem& item) {
-    return !runtime.map->find(item.block).is_none();
-  });
-  return static_cast<std::uint32_t>(middle - work.begin());
+  work_missing.clear();
+  std::size_t hits = 0;
+  for (const WorkItem& item : work) {
+    if (runtime.map->find(item.block).is_none()) {
+      work_missing.push_back(item);
+    } else {
+      work[hits++] = item;
+    }
+  }
+  std::ranges::copy(work_missing, work.begin() + static_cast<std::ptrdiff_t>(hits));
+  return static_cast<std::uint32_t>(hits);
 }
 
 // Items that must be attended in one wave: all hits; one missing block; or, where results must not

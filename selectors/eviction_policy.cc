@@ -14,7 +14,7 @@ struct Entry {
   std::unique_ptr<EvictionPolicy> (*make)(std::uint32_t capacity);
 };
 
-constexpr Entry kPolicies[] = {{"lru", make_lru}, {"s3-fifo", make_s3_fifo}};
+constexpr Entry kPolicies[] = {{"lru", make_lru}, {"lrfu", make_lrfu}};
 
 }  // namespace
 

@@ -11,6 +11,12 @@
 
 namespace kvtier {
 
+/// Why something was taken into a tier.
+enum class Admission {
+  kUsed,       ///< It is being used now.
+  kPredicted,  ///< It may be used soon; `touch` says when it was.
+};
+
 /// Chooses what leaves a full tier. Works on places (slots or frames, 0 .. capacity-1) and on the
 /// ids of what lies there, and never touches a byte of it.
 ///
@@ -20,7 +26,7 @@ class EvictionPolicy {
   virtual ~EvictionPolicy() = default;
 
   /// `id` now lies in `place`, which was free or has been evicted.
-  virtual void admit(std::uint32_t place, std::uint64_t id) = 0;
+  virtual void admit(std::uint32_t place, std::uint64_t id, Admission why) = 0;
   /// What lies in `place` was used.
   virtual void touch(std::uint32_t place) = 0;
   /// What lies in `place` is gone for a reason of its own (its sequence ended); nothing is learnt.
@@ -30,7 +36,7 @@ class EvictionPolicy {
   virtual std::optional<std::uint32_t> evict(std::span<const std::uint16_t> held) = 0;
 };
 
-/// "lru", "s3-fifo": `invalid_argument` lists the known names.
+/// "lru", "lrfu": `invalid_argument` lists the known names.
 Result<std::unique_ptr<EvictionPolicy>> make_eviction_policy(std::string_view name,
                                                              std::uint32_t capacity);
 std::vector<std::string_view> known_eviction_policies();

@@ -10,7 +10,9 @@ class Lru final : public EvictionPolicy {
  public:
   explicit Lru(std::uint32_t capacity) : lists_(capacity, 1) {}
 
-  void admit(std::uint32_t place, std::uint64_t) override { lists_.push_front(0, place); }
+  void admit(std::uint32_t place, std::uint64_t, Admission) override {
+    lists_.push_front(0, place);
+  }
   void touch(std::uint32_t place) override { lists_.move_to_front(0, place); }
   void remove(std::uint32_t place) override { lists_.erase(0, place); }
 

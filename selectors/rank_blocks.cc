@@ -42,6 +42,12 @@ struct Cut {
   }
 };
 
+// Sinks, and the windows of all queries together.
+std::uint32_t always_attended(const SelectorShape& shape, const SelectRequest& request) {
+  return request.first_position + request.query_count -
+         FarRegion::of(shape, request.first_position).tokens();
+}
+
 }  // namespace
 
 FarRegion FarRegion::of(const SelectorShape& shape, std::uint32_t first_position) {
@@ -109,14 +115,12 @@ Status check_request(const SelectorShape& shape, const SelectRequest& request) {
     return invalid_argument(fmt::format("select: {} queries in one step, expected 1 to {}",
                                         request.query_count, kMaxStepQueries));
   }
-  const FarRegion region = FarRegion::of(shape, request.first_position);
-  const std::uint32_t visible = request.first_position + 1;
-  const std::uint32_t always = visible - region.tokens();
+  const std::uint32_t always = always_attended(shape, request);
   if (request.budget_tokens < always) {
     return invalid_argument(
         fmt::format("select: a budget of {} tokens does not cover the {} always attended ({} sinks "
-                    "and a window of {})",
-                    request.budget_tokens, always, shape.sinks, shape.window));
+                    "and a window of {} behind each of {} queries)",
+                    request.budget_tokens, always, shape.sinks, shape.window, request.query_count));
   }
   const std::size_t elements = std::size_t{shape.query_heads()} * shape.head_dim;
   for (std::uint32_t q = 0; q < request.query_count; ++q) {
@@ -134,7 +138,7 @@ Status check_request(const SelectorShape& shape, const SelectRequest& request) {
 
 std::uint32_t far_budget_tokens(const SelectorShape& shape, const SelectRequest& request) {
   const FarRegion region = FarRegion::of(shape, request.first_position);
-  const std::uint32_t always = request.first_position + 1 - region.tokens();
+  const std::uint32_t always = always_attended(shape, request);
   KVTIER_CHECK(request.budget_tokens >= always, "a budget of {} tokens for {} always attended",
                request.budget_tokens, always);
   return std::min(request.budget_tokens - always, region.tokens());

@@ -27,6 +27,14 @@ for package in "${packages[@]}"; do
 done
 [ "${#missing[@]}" -gt 0 ] || exit 0
 
+# Names and versions hold there; elsewhere they would be a guess.
+# shellcheck source=/dev/null
+system=$([ ! -r /etc/os-release ] || . /etc/os-release; printf '%s %s' "${ID:-unknown}" "${VERSION_ID:-}")
+case $system in
+  'debian 12' | 'debian 13' | 'ubuntu 24.04') ;;
+  *) complain "this is '$system', not Debian 12, Debian 13 or Ubuntu 24.04" "${missing[@]}" ;;
+esac
+
 as_root=()
 if [ "$(id -u)" -ne 0 ]; then
   command -v sudo >/dev/null || complain 'packages are missing, and sudo is not there' "${missing[@]}"

@@ -79,6 +79,7 @@ Result<Transfer> TransferEngine::submit(const TransferRequest& request) {
   record->result = Status();
   ++state_->handles;
   ++state_->outstanding;
+  state_->routes[index_of(request.route)].stats.submitted_bytes += record->bytes;
   Transfer handle(this, static_cast<std::uint32_t>(record - state_->records.data()));
   if (record->bytes == 0) {
     state_->finish(*record, TransferState::kDone);

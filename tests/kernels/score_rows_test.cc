@@ -14,7 +14,7 @@
 namespace kvtier {
 namespace {
 
-const DType kDTypes[] = {DType::kF16, DType::kBF16, DType::kF32};
+const DType kRowDTypes[] = {DType::kF16, DType::kBF16, DType::kF32};
 
 /// Rows of random elements in [-1, 1], `gap` bytes between them.
 struct Rows {
@@ -56,7 +56,7 @@ const ScoreShape kScoreShapes[] = {
 TEST(ScoreRows, AgreesWithTheReferenceOnEveryShapeTypeAndInstructionSet) {
   WorkerPool pool(2);
   for (const ScoreShape& shape : kScoreShapes) {
-    for (const DType dtype : kDTypes) {
+    for (const DType dtype : kRowDTypes) {
       const Rows rows(shape.rows, shape.dim, dtype, 16, shape.dim);
       const std::vector<float> queries = random_floats(shape.queries * (shape.dim + 5), 2);
       const SoftmaxOptions softmax{1.0f / std::sqrt(float(shape.dim)), shape.cap};
@@ -168,7 +168,7 @@ TEST(SoftmaxRow, EmptyAndMaskedRows) {
 }
 
 TEST(MeanRows, AgreesWithFloat64OnEveryTypeAndInstructionSet) {
-  for (const DType dtype : kDTypes) {
+  for (const DType dtype : kRowDTypes) {
     for (const std::uint32_t dim : {8u, 64u, 77u, 256u}) {
       const Rows rows(29, dim, dtype, 8, dim);
       for (const std::uint32_t per_group : {1u, 4u, 8u, 64u}) {
@@ -200,7 +200,7 @@ TEST(MeanRows, AgreesWithFloat64OnEveryTypeAndInstructionSet) {
 }
 
 TEST(MinCosineToMean, AgreesWithFloat64) {
-  for (const DType dtype : kDTypes) {
+  for (const DType dtype : kRowDTypes) {
     const Rows rows(26, 72, dtype, 0, 9);
     std::vector<std::byte> means(4 * 72 * size_of(dtype));
     mean_rows(rows.view, 8, means.data());

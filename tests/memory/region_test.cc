@@ -14,7 +14,7 @@
 namespace kvtier {
 namespace {
 
-constexpr std::size_t kMiB = std::size_t{1} << 20;
+constexpr std::size_t kMebibyte = std::size_t{1} << 20;
 
 std::size_t page_bytes() { return static_cast<std::size_t>(sysconf(_SC_PAGESIZE)); }
 
@@ -28,7 +28,7 @@ std::size_t pages_present(std::span<const std::byte> memory) {
 }
 
 TEST(Region, IsZeroedAlignedAndTouched) {
-  for (std::size_t bytes : {std::size_t{1}, std::size_t{4096}, 3 * kMiB, 5 * kMiB + 17}) {
+  for (std::size_t bytes : {std::size_t{1}, std::size_t{4096}, 3 * kMebibyte, 5 * kMebibyte + 17}) {
     for (bool huge_pages : {false, true}) {
       auto region = Region::allocate({.bytes = bytes, .huge_pages = huge_pages});
       ASSERT_TRUE(region.ok()) << region.status().to_string();
@@ -44,11 +44,11 @@ TEST(Region, IsZeroedAlignedAndTouched) {
 }
 
 TEST(Region, StatsSayWhatWasGiven) {
-  auto region = Region::allocate({.bytes = 4 * kMiB, .page_lock = true});
+  auto region = Region::allocate({.bytes = 4 * kMebibyte, .page_lock = true});
   ASSERT_TRUE(region.ok()) << region.status().to_string();
   const RegionStats& stats = region->stats();
-  EXPECT_EQ(stats.bytes, 4 * kMiB);
-  EXPECT_LE(stats.huge_page_bytes, 4 * kMiB);
+  EXPECT_EQ(stats.bytes, 4 * kMebibyte);
+  EXPECT_LE(stats.huge_page_bytes, 4 * kMebibyte);
   // What was asked for and not given must stand in the note; what was given must not.
   EXPECT_EQ(!stats.page_locked, stats.note.find("page-locking refused") != std::string::npos);
   EXPECT_EQ(!stats.numa_node.has_value(), stats.note.find("NUMA") != std::string::npos ||
@@ -56,11 +56,11 @@ TEST(Region, StatsSayWhatWasGiven) {
 }
 
 TEST(Region, NodeThatIsNotThereIsNotedAndMemoryGivenAnyway) {
-  auto region = Region::allocate({.bytes = kMiB, .numa_node = 4095u});
+  auto region = Region::allocate({.bytes = kMebibyte, .numa_node = 4095u});
   ASSERT_TRUE(region.ok()) << region.status().to_string();
   EXPECT_FALSE(region->stats().numa_node.has_value());
   EXPECT_THAT(region->stats().note, testing::HasSubstr("binding to NUMA node 4095 refused"));
-  EXPECT_EQ(pages_present(region->bytes()), kMiB / page_bytes());
+  EXPECT_EQ(pages_present(region->bytes()), kMebibyte / page_bytes());
 }
 
 TEST(Region, AbsurdSizesAreRefused) {
@@ -83,28 +83,28 @@ TEST(Region, NothingIsRefused) {
 }
 
 TEST(Region, MoveHandsTheMemoryOver) {
-  Region first = Region::allocate({.bytes = kMiB}).value();
+  Region first = Region::allocate({.bytes = kMebibyte}).value();
   std::byte* const memory = first.bytes().data();
   first.bytes()[5] = std::byte{42};
   Region second = std::move(first);
   EXPECT_EQ(second.bytes().data(), memory);
   EXPECT_EQ(second.bytes()[5], std::byte{42});
 
-  Region third = Region::allocate({.bytes = 2 * kMiB}).value();
+  Region third = Region::allocate({.bytes = 2 * kMebibyte}).value();
   third = std::move(second);
   EXPECT_EQ(third.bytes().data(), memory);
-  EXPECT_EQ(third.bytes().size(), kMiB);
+  EXPECT_EQ(third.bytes().size(), kMebibyte);
   EXPECT_EQ(third.bytes()[5], std::byte{42});
 }
 
 TEST(Region, ReleaseGivesThePagesBack) {
   std::byte* memory = nullptr;
   {
-    Region region = Region::allocate({.bytes = kMiB, .huge_pages = false}).value();
+    Region region = Region::allocate({.bytes = kMebibyte, .huge_pages = false}).value();
     memory = region.bytes().data();
-    ASSERT_EQ(pages_present({memory, kMiB}), kMiB / page_bytes());
+    ASSERT_EQ(pages_present({memory, kMebibyte}), kMebibyte / page_bytes());
   }
-  EXPECT_EQ(pages_present({memory, kMiB}), 0u);
+  EXPECT_EQ(pages_present({memory, kMebibyte}), 0u);
 }
 
 }  // namespace

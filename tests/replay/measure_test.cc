@@ -213,6 +213,16 @@ TEST(Measure, AnOutputThatIsNotOfTheAttendedBlocksIsNoticed) {
   EXPECT_THAT(verification_failures(record, quality), Not(IsEmpty()));
 }
 
+TEST(Measure, AnOutputThatIsNoNumberIsNoticed) {
+  const UniformTrace uniform;
+  for (const std::size_t step : {std::size_t{0}, std::size_t{kSteps - 1}}) {
+    RunRecord record = uniform.run({2, 5}, 14);
+    record.outs[step * kHeads * kDim] = std::nanf("");
+    const RunQuality quality = measure(uniform, record, "14");
+    EXPECT_THAT(verification_failures(record, quality), Not(IsEmpty())) << "step " << step;
+  }
+}
+
 TEST(Measure, FailedStepsAreCountedAndNotMeasured) {
   const UniformTrace uniform;
   RunRecord record = uniform.run({2, 5}, 14);

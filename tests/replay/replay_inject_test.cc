@@ -9,8 +9,11 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <chrono>
+#include <ctime>
 #include <filesystem>
 #include <fstream>
+#include <optional>
 #include <string>
 
 namespace kvtier {
@@ -87,13 +90,19 @@ bool has_file_in(pid_t process, const std::filesystem::path& folder) {
   return false;
 }
 
-TEST_F(ReplayInject, AKilledRunLeavesNothingBehind) {
-  const std::filesystem::path disk = folder_.path() / "disk";
-  std::filesystem::create_directory(disk);
-  // Work for a long time compared with how soon it is killed.
-  std::vector<std::string> words = {KVTIER_BINARY, "replay",      shipped_trace(),
-                                    "--disk-path", disk.string(), "--budget",
-                                    "100%",        "--selector",  "landmark,oracle,recency,random"};
+/// CPU time that the process has used; less than nothing when that cannot be told.
+std::chrono::nanoseconds cpu_time_of(pid_t process) {
+  clockid_t clock = 0;
+  timespec time{};
+  if (clock_getcpuclockid(process, &clock) != 0 || clock_gettime(clock, &time) != 0) {
+    return std::chrono::nanoseconds(-1);
+  }
+  return std::chrono::seconds(time.tv_sec) + std::chrono::nanoseconds(time.tv_nsec);
+}
+
+/// Runs `words` until its disk tier has been seen and it has worked for `work` more; then kills it.
+void kill_at_work(std::vector<std::string> words, const std::filesystem::path& disk,
+                  std::chrono::nanoseconds work) {
   std::vector<char*> argv;
   for (std::string& word : words) argv.push_back(word.data());
   argv.push_back(nullptr);
@@ -105,18 +114,40 @@ TEST_F(ReplayInject, AKilledRunLeavesNothingBehind) {
   posix_spawn_file_actions_destroy(&actions);
   int state = 0;
   bool ended = false;
-  while (!ended && !has_file_in(child, disk)) {
+  std::optional<std::chrono::nanoseconds> end;
+  while (!ended && (!end || cpu_time_of(child) < *end)) {
+    if (!end && has_file_in(child, disk)) end = cpu_time_of(child) + work;
     ended = waitpid(child, &state, WNOHANG) == child;
     sched_yield();
   }
-  ASSERT_FALSE(ended) << "ended before its disk tier was seen";
+  ASSERT_FALSE(ended) << "ended before it was killed";
   ASSERT_EQ(kill(child, SIGKILL), 0);
   ASSERT_EQ(waitpid(child, &state, 0), child);
   ASSERT_TRUE(WIFSIGNALED(state));
-  EXPECT_TRUE(std::filesystem::is_empty(disk));
-  std::vector<std::string> again = {"--disk-path",    disk.string(), "--budget",          "100",
-                                    "--extent-bytes", "16KiB",       "--device-capacity", "30%"};
+}
+
+TEST_F(ReplayInject, AKilledRunLeavesNothingBehind) {
+  using std::chrono::milliseconds;
+  const std::filesystem::path disk = folder_.path() / "disk";
+  const std::filesystem::path result = folder_.path() / "result.json";
+  std::filesystem::create_directory(disk);
+  // Work for a long time compared with how soon it is killed: while the tiers are made, while the
+  // prompt goes in, and amid the steps.
+  const std::vector<std::string> words = {
+      KVTIER_BINARY, "replay",       shipped_trace(),
+      "--disk-path", disk.string(),  "--budget",
+      "100%",        "--selector",   "landmark,oracle,recency,random",
+      "--output",    result.string()};
+  for (const milliseconds work : {milliseconds(0), milliseconds(100), milliseconds(400)}) {
+    ASSERT_NO_FATAL_FAILURE(kill_at_work(words, disk, work));
+    EXPECT_TRUE(std::filesystem::is_empty(disk));
+    EXPECT_FALSE(std::filesystem::exists(result));
+  }
+  const std::vector<std::string> again = {
+      "--disk-path",    disk.string(), "--budget",          "100",
+      "--extent-bytes", "16KiB",       "--device-capacity", "30%"};
   EXPECT_TRUE(replay_json(trace_path(), again)["runs"].at(0)["verified"].get<bool>());
+  EXPECT_TRUE(std::filesystem::is_empty(disk));
 }
 
 }  // namespace

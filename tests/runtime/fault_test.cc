@@ -26,6 +26,10 @@ FaultPlan every_fault(std::uint64_t seed, bool link) {
   FaultPlan plan;
   plan.seed = seed;
   plan.disk_rate.fill(2e-3);
+  // An extent is written once and read many times, so faults on writes are made likelier.
+  for (FaultKind kind : {FaultKind::kWriteError, FaultKind::kLostWrite, FaultKind::kRot}) {
+    plan.disk_rate[static_cast<std::size_t>(kind)] = 1e-2;
+  }
   // A disk that refuses for lack of space ends the run early (as it should): a test of its own.
   plan.disk_rate[static_cast<std::size_t>(FaultKind::kNoSpace)] = 0.0;
   if (link) plan.link_bitflip_rate = 2e-3;
@@ -123,6 +127,8 @@ TEST(FaultCases, TransientFaultsAreRecoveredFrom) {
     HarnessOptions options;
     options.faults = FaultPlan::parse(spec).value();
     options.deterministic = true;
+    // Many small extents: most selected blocks have to come from disk.
+    options.block.extent_bytes = 8192;
     HarnessOptions sound = options;
     sound.faults = {};
     Harness faulty(options);

@@ -149,7 +149,7 @@ TEST_F(Tables, DamageIsCountedAndForgottenWithTheFrame) {
   EXPECT_EQ(table_.choose_victim(), id);
   table_.advance(id, HomeEvent::kDropFrame);
   table_.detach_frame(id);
-  table_.admit(id, table_.take_free_frame().value());
+  table_.admit(id, table_.take_free_frame().value(), Admission::kUsed);
   EXPECT_FALSE(table_.has_damage(id));
   EXPECT_FALSE(table_.is_damaged(block));
 }

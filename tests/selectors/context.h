@@ -50,7 +50,4 @@ std::vector<GroupSelection> select(Selector& selector, const SelectorShape& shap
 /// Cuts at `position` as callers do: where the selector can, with the keys before it given again.
 void cut(Selector& selector, const Context& context, std::uint32_t position);
 
-/// Heap allocations of the whole process so far.
-std::uint64_t allocation_count();
-
 }  // namespace kvtier::testing

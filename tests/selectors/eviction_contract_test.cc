@@ -1,4 +1,5 @@
 #include "selectors/eviction_policy.h"
+#include "tests/allocation_counter.h"
 #include "tests/selectors/context.h"
 
 #include <gtest/gtest.h>
@@ -47,7 +48,7 @@ class Cache {
     }
     ids_[place] = id;
     places_[id] = place;
-    policy_->admit(place, id);
+    policy_->admit(place, id, Admission::kUsed);
     return false;
   }
 
@@ -170,11 +171,11 @@ TEST_P(EvictionContract, AllocatesNothingAfterItIsMade) {
   auto policy = make_eviction_policy(GetParam(), 64).value();
   const std::vector<std::uint16_t> held(64);
   const std::uint64_t before = testing::allocation_count();
-  for (std::uint32_t place = 0; place < 64; ++place) policy->admit(place, place);
+  for (std::uint32_t place = 0; place < 64; ++place) policy->admit(place, place, Admission::kUsed);
   for (std::uint64_t id = 64; id < 5000; ++id) {
     const auto place = policy->evict(held);
     if (!place.has_value()) break;
-    policy->admit(*place, id % 200);
+    policy->admit(*place, id % 200, Admission::kUsed);
     policy->touch(static_cast<std::uint32_t>(id % 64));
   }
   EXPECT_EQ(testing::allocation_count(), before);
@@ -212,7 +213,7 @@ TEST(Lru, EqualsAPlainList) {
           policy->touch(place);
           model.remove(place);
         } else {
-          policy->admit(place, random());
+          policy->admit(place, random(), Admission::kUsed);
         }
         model.push_front(place);
         break;

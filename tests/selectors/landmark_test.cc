@@ -18,7 +18,7 @@ using testing::Context;
 using testing::make;
 using testing::select;
 
-constexpr std::uint32_t kTokens = 203;
+constexpr std::uint32_t kContextTokens = 203;
 
 /// The definition in obvious float64 loops, for one KV head per head group.
 struct PlainLandmarks {
@@ -123,7 +123,7 @@ struct PlainLandmarks {
   }
 };
 
-struct Case {
+struct LandmarkCase {
   std::uint32_t tokens_per_block;
   std::uint32_t group_tokens;
   std::uint32_t sinks;
@@ -133,7 +133,7 @@ struct Case {
 };
 
 TEST(Landmark, ScoresEqualAPlainFloat64Computation) {
-  for (const Case& c : std::initializer_list<Case>{
+  for (const LandmarkCase& c : std::initializer_list<LandmarkCase>{
            {8, 8, 4, 40, 1, GroupReduction::kSum},
            {8, 8, 4, 40, 1, GroupReduction::kMax},
            {8, 8, 4, 40, 1, GroupReduction::kMean},
@@ -155,15 +155,16 @@ TEST(Landmark, ScoresEqualAPlainFloat64Computation) {
     shape.window = c.window;
     shape.softmax.scale = 0.3f;
     shape.reduction = c.reduction;
-    shape.tokens_max = kTokens;
+    shape.tokens_max = kContextTokens;
     SCOPED_TRACE(::testing::Message() << "block " << c.tokens_per_block << ", group "
                                       << c.group_tokens << ", window " << c.window);
-    const Context context(shape, kTokens, 5);
+    const Context context(shape, kContextTokens, 5);
     auto selector =
         make("landmark(outliers=0,tokens=" + std::to_string(c.group_tokens) + ")", shape);
-    selector->append(context.keys(0, kTokens));
-    const std::uint32_t position = kTokens - c.queries;
-    const auto selection = select(*selector, shape, context.request(position, kTokens, c.queries));
+    selector->append(context.keys(0, kContextTokens));
+    const std::uint32_t position = kContextTokens - c.queries;
+    const auto selection =
+        select(*selector, shape, context.request(position, kContextTokens, c.queries));
     const PlainLandmarks plain{shape, context, c.group_tokens, FarRegion::of(shape, position)};
     for (std::uint32_t head = 0; head < 2; ++head) {
       const auto scores = plain.scores(head, c.queries, {});
@@ -187,14 +188,15 @@ TEST(Landmark, OutliersAreTheWorstGroupsHeldAndOutOfTheSoftmax) {
   shape.sinks = 4;
   shape.window = 16;
   shape.softmax.scale = 0.3f;
-  shape.tokens_max = kTokens;
-  const Context context(shape, kTokens, 6);
+  shape.tokens_max = kContextTokens;
+  const Context context(shape, kContextTokens, 6);
   auto selector = make("landmark", shape);
-  selector->append(context.keys(0, kTokens));
+  selector->append(context.keys(0, kContextTokens));
   // 0.1875 of 130 tokens are 24: three groups of 8, or more when the first, short one is among
   // them.
-  const auto selection = select(*selector, shape, context.request(kTokens - 1, 20 + 130, 1, 40));
-  const PlainLandmarks plain{shape, context, 8, FarRegion::of(shape, kTokens - 1)};
+  const auto selection =
+      select(*selector, shape, context.request(kContextTokens - 1, 20 + 130, 1, 40));
+  const PlainLandmarks plain{shape, context, 8, FarRegion::of(shape, kContextTokens - 1)};
   for (std::uint32_t head = 0; head < 2; ++head) {
     ASSERT_GE(selection[head].held, 3u);
     const auto outliers = plain.outliers(head, selection[head].held);
@@ -217,12 +219,13 @@ TEST(Landmark, OutliersTakeNoMoreThanTheirPartInWholeBlocks) {
     shape.head_dim = 32;
     shape.tokens_per_block = tokens_per_block;
     shape.window = 16;
-    shape.tokens_max = kTokens;
-    const Context context(shape, kTokens, 6);
+    shape.tokens_max = kContextTokens;
+    const Context context(shape, kContextTokens, 6);
     auto selector = make("landmark(outliers=0.5)", shape);
-    selector->append(context.keys(0, kTokens));
+    selector->append(context.keys(0, kContextTokens));
     for (std::uint32_t far : {10u, 64u, 100u}) {
-      const auto selection = select(*selector, shape, context.request(kTokens - 1, 20 + far));
+      const auto selection =
+          select(*selector, shape, context.request(kContextTokens - 1, 20 + far));
       std::uint32_t held = 0;
       for (std::uint32_t i = 0; i < selection[0].held; ++i) held += selection[0].ranked[i].tokens;
       EXPECT_LE(held, far / 2);
@@ -235,17 +238,17 @@ TEST(Landmark, AStrangerMakesItsGroupAnOutlier) {
   SelectorShape shape;
   shape.head_dim = 32;
   shape.window = 16;
-  shape.tokens_max = kTokens;
-  Context context(shape, kTokens, 6);
-  for (std::uint32_t t = 0; t < kTokens; ++t) {
+  shape.tokens_max = kContextTokens;
+  Context context(shape, kContextTokens, 6);
+  for (std::uint32_t t = 0; t < kContextTokens; ++t) {
     for (std::uint32_t e = 0; e < 32; ++e) {
       context.set_key(t, 0, e, t == 83 && e < 16 ? -1.0f : 1.0f);
     }
   }
   auto selector = make("landmark", shape);
-  selector->append(context.keys(0, kTokens));
+  selector->append(context.keys(0, kContextTokens));
   // Room for one outlier group.
-  const auto selection = select(*selector, shape, context.request(kTokens - 1, 20 + 48));
+  const auto selection = select(*selector, shape, context.request(kContextTokens - 1, 20 + 48));
   ASSERT_EQ(selection[0].held, 1u);
   EXPECT_EQ(selection[0].ranked[0].block, BlockIndex(83 / 8));
 }

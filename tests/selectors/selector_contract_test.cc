@@ -1,5 +1,6 @@
 #include "selectors/rank_blocks.h"
 #include "selectors/registry.h"
+#include "tests/allocation_counter.h"
 #include "tests/selectors/context.h"
 
 #include <gtest/gtest.h>

@@ -53,7 +53,6 @@ TEST(Layout, StrangersAreCaught) {
 
 TEST(Layout, EveryFolderSaysWhatItIsFor) {
   for (const std::string& folder : kFolders) {
-    if (folder == "tests") continue;
     const fs::path readme = fs::path(KVTIER_SOURCE_DIR) / folder / "README.md";
     ASSERT_TRUE(fs::exists(readme)) << readme;
     EXPECT_GT(fs::file_size(readme), 200u) << readme;

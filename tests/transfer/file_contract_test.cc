@@ -14,7 +14,7 @@
 // One contract (transfer/file.h), run over everything that claims to keep it.
 
 namespace kvtier {
-namespace {
+namespace file_contract {
 
 using test::AlignedBuffer;
 using test::fill_pattern;
@@ -53,6 +53,11 @@ struct FaultyUring {
   static OpenedFile open() { return test::wrap_faulty(Uring::open(), FaultPlan{}, nullptr); }
 };
 
+struct FaultyPosix {
+  static constexpr const char* kName = "faulty(posix)";
+  static OpenedFile open() { return test::wrap_faulty(Posix::open(), FaultPlan{}, nullptr); }
+};
+
 template <typename Kind>
 class FileContractTest : public ::testing::Test {
  protected:
@@ -81,7 +86,7 @@ struct KindName {
   }
 };
 
-using Kinds = ::testing::Types<Memory, Uring, Posix, FaultyMemory, FaultyUring>;
+using Kinds = ::testing::Types<Memory, Uring, Posix, FaultyMemory, FaultyUring, FaultyPosix>;
 TYPED_TEST_SUITE(FileContractTest, Kinds, KindName);
 
 TYPED_TEST(FileContractTest, SaysWhatItIs) {
@@ -297,5 +302,5 @@ TYPED_TEST(FileContractTest, MisalignedOperationsAreBugs) {
   EXPECT_DEATH(run_one(*this->file_, read), "not aligned");
 }
 
-}  // namespace
+}  // namespace file_contract
 }  // namespace kvtier

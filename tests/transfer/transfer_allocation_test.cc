@@ -1,3 +1,4 @@
+#include "tests/allocation_counter.h"
 #include "tests/transfer/aligned_buffer.h"
 #include "tests/transfer/test_files.h"
 #include "transfer/transfer_engine.h"
@@ -5,39 +6,9 @@
 #include <gtest/gtest.h>
 
 #include <array>
-#include <atomic>
-#include <cstdlib>
-#include <new>
-
-// Counts what the whole process allocates: every thread of engine and file is included.
-
-namespace {
-
-std::atomic<std::uint64_t> g_allocations{0};
-
-void* counted(std::size_t bytes, std::size_t alignment) {
-  g_allocations.fetch_add(1, std::memory_order_relaxed);
-  void* const memory =
-      alignment <= alignof(std::max_align_t)
-          ? std::malloc(bytes == 0 ? 1 : bytes)
-          : std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
-  if (memory == nullptr) throw std::bad_alloc();
-  return memory;
-}
-
-}  // namespace
-
-void* operator new(std::size_t bytes) { return counted(bytes, 1); }
-void* operator new(std::size_t bytes, std::align_val_t alignment) {
-  return counted(bytes, static_cast<std::size_t>(alignment));
-}
-void operator delete(void* memory) noexcept { std::free(memory); }
-void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
-void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
-void operator delete(void* memory, std::size_t, std::align_val_t) noexcept { std::free(memory); }
 
 namespace kvtier {
-namespace {
+namespace transfer_allocation {
 
 using test::AlignedBuffer;
 using test::kPage;
@@ -105,22 +76,22 @@ TEST_P(TransferAllocationTest, SteadyStateAllocatesNothing) {
       CopySpan{host.bytes().data(), device.bytes().data(), kPage}};
   one_round(**engine, host.bytes(), spans);
   (*engine)->drain();
-  const std::uint64_t before = g_allocations.load();
+  const std::uint64_t before = testing::allocation_count();
   for (int round = 0; round < 50; ++round) one_round(**engine, host.bytes(), spans);
   (*engine)->drain();
-  EXPECT_EQ(g_allocations.load() - before, 0U);
+  EXPECT_EQ(testing::allocation_count() - before, 0U);
   EXPECT_TRUE((*engine)->close().ok());
   EXPECT_TRUE(opened.file->close().ok());
 }
 
 TEST(AllocationCounterTest, CountsThisTestsOwnAllocations) {
-  const std::uint64_t before = g_allocations.load();
+  const std::uint64_t before = testing::allocation_count();
   // Called by name: a new-expression that is deleted again may be optimised away.
   void* const memory = ::operator new(64);
-  const std::uint64_t after = g_allocations.load();
+  const std::uint64_t after = testing::allocation_count();
   ::operator delete(memory);
   EXPECT_GT(after, before) << "a counter that does not count proves nothing";
 }
 
-}  // namespace
+}  // namespace transfer_allocation
 }  // namespace kvtier

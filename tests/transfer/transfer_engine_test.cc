@@ -11,7 +11,7 @@
 // The engine over files that really hold bytes, with and without threads.
 
 namespace kvtier {
-namespace {
+namespace transfer_engine {
 
 using test::AlignedBuffer;
 using test::fill_pattern;
@@ -293,5 +293,5 @@ TEST_P(TransferEngineTest, EngineLeftOpenIsABug) {
   EXPECT_DEATH(engine_.reset(), "without close");
 }
 
-}  // namespace
+}  // namespace transfer_engine
 }  // namespace kvtier

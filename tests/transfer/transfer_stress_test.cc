@@ -13,7 +13,7 @@
 // Several clients at once; every load is checked against the history of stores.
 
 namespace kvtier {
-namespace {
+namespace transfer_stress {
 
 using test::AlignedBuffer;
 using test::fill_pattern;
@@ -166,5 +166,5 @@ TEST_P(TransferStressTest, EveryLoadIsWhatWasStored) {
   EXPECT_TRUE(opened.file->close().ok());
 }
 
-}  // namespace
+}  // namespace transfer_stress
 }  // namespace kvtier

@@ -51,7 +51,8 @@ double relative_error(std::span<const float> out, std::span<const float> referen
     length += double{reference[i]} * double{reference[i]};
   }
   if (length == 0) return difference == 0 ? 0 : 1;
-  return std::sqrt(difference / length);
+  const double error = std::sqrt(difference / length);
+  return std::isfinite(error) ? error : std::numeric_limits<double>::infinity();
 }
 
 ExactAttention::ExactAttention(const AttentionTrace& trace, WorkerPool& pool)
@@ -161,6 +162,9 @@ void ExactAttention::exact_out(std::uint32_t head, std::span<float> out) const {
   const std::size_t heads = trace_.manifest().model.query_heads;
   std::ranges::copy(layer_->out.subspan((step_ * heads + head) * out.size(), out.size()),
                     out.begin());
+  // What a trace records is attention without sink logits.
+  const float scale = 1.0f / (1.0f + sink_weight(head, 1.0));
+  for (float& value : out) value *= scale;
 }
 
 void ExactAttention::exact_out_from_rows(std::uint32_t head, std::span<float> out) const {

@@ -8,6 +8,7 @@
 #include <cerrno>
 #include <cstdio>
 #include <filesystem>
+#include <random>
 #include <system_error>
 #include <utility>
 
@@ -16,8 +17,11 @@ namespace {
 
 std::string error_text(int code) { return std::generic_category().message(code); }
 
+/// Another at each call: what a killed run has left behind, in whatever container, is not in the
+/// way.
 std::string temporary_name(const std::string& path) {
-  return fmt::format("{}.tmp-{}", path, getpid());
+  std::random_device random;
+  return fmt::format("{}.tmp-{:08x}{:08x}", path, random(), random());
 }
 
 Status cannot_write(const std::string& path, int code) {

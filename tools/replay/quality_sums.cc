@@ -23,7 +23,7 @@ void QualitySums::add(const HeadSample& sample) {
   recalls_.push_back(sample.recall);
   best_recalls_.push_back(sample.best_recall);
   output_errors_.push_back(sample.output_error);
-  if (sample.attended_error >= 0) attended_errors_.push_back(sample.attended_error);
+  if (sample.attended_error) attended_errors_.push_back(*sample.attended_error);
   far_found_ += sample.far_found;
   best_far_found_ += sample.best_far_found;
   far_mass_ += sample.far_mass;

@@ -3,6 +3,7 @@
 #include "tools/replay/replay_measure.h"
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 namespace kvtier {
@@ -17,8 +18,8 @@ struct HeadSample {
   double evidence_found = 0;
   double evidence_mass = 0;
   double output_error = 0;
-  /// Negative when the attended mass was too small to tell.
-  double attended_error = -1;
+  /// None when the attended mass was too small to tell.
+  std::optional<double> attended_error;
 };
 
 /// Samples of a run on their way to figures. Adding in one order gives equal bits.

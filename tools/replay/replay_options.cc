@@ -166,7 +166,7 @@ const char* to_string(VerifyMode mode) {
 ReplayOptions::ReplayOptions()
     : selectors{"landmark"},
       budgets{Budget::parse("5%").value()},
-      eviction("lru"),
+      eviction("lrfu"),
       device_capacity(Capacity::parse("10%").value()),
       host_capacity(Capacity::parse("40%").value()) {}
 

@@ -97,15 +97,16 @@ Status plan_capacities(const ReplayOptions& options, std::uint64_t kv_bytes, Rep
   KVTIER_RETURN_IF_ERROR(check_capacity("--host-capacity", options.host_capacity,
                                         runtime.host_capacity_bytes, plan.needs.host_bytes,
                                         kv_bytes));
-  const std::uint64_t room =
-      round_down(runtime.host_capacity_bytes, extent) + runtime.disk_capacity_bytes;
-  if (room < total) {
+  const std::uint64_t reserve = runtime.disk_capacity_bytes > 0 ? plan.needs.host_reserve_bytes : 0;
+  const std::uint64_t in_host = round_down(runtime.host_capacity_bytes, extent) - reserve;
+  if (in_host + runtime.disk_capacity_bytes < total) {
+    const std::uint64_t usable =
+        round_down(runtime.host_capacity_bytes, extent) - plan.needs.host_reserve_bytes;
     return invalid_argument(fmt::format(
-        "--disk-capacity: found {} ({} B), expected at least {} B beside {} B of host tier: the "
-        "trace fills {} B of extents",
-        options.disk_capacity->text(), runtime.disk_capacity_bytes,
-        total - round_down(runtime.host_capacity_bytes, extent), runtime.host_capacity_bytes,
-        total));
+        "--disk-capacity: found {} ({} B), expected at least {} B beside {} B of host tier, of "
+        "which {} B are kept to read into: the trace fills {} B of extents",
+        options.disk_capacity->text(), runtime.disk_capacity_bytes, total - usable,
+        runtime.host_capacity_bytes, plan.needs.host_reserve_bytes, total));
   }
   return {};
 }

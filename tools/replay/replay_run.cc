@@ -52,8 +52,7 @@ class Replayer {
     lse_.resize(model.query_heads);
     const std::size_t steps = trace_.query_positions().size();
     record_.outs.resize(steps * trace_.layers().size() * model.query_heads * model.value_dim);
-    record_.layer_hits.resize(trace_.layers().size());
-    record_.layer_held_hits.resize(trace_.layers().size());
+    record_.layers.resize(trace_.layers().size());
   }
 
   Status replay() {
@@ -75,7 +74,17 @@ class Replayer {
     while (appended_ < tokens) {
       const std::uint32_t count = std::min(kPromptChunkTokens, tokens - appended_);
       for (std::uint32_t layer = 0; layer < trace_.layers().size(); ++layer) {
-        KVTIER_RETURN_IF_ERROR(sequence_.append(LayerIndex{layer}, rows(layer, count)));
+        const RuntimeStats before = runtime_.stats();
+        const Status appended = sequence_.append(LayerIndex{layer}, rows(layer, count));
+        count_traffic(layer, before);
+        if (appended.ok()) continue;
+        // Damage on the way down leaves the tokens appended and the block marked: whoever wants it
+        // once the device has let it go will be told. Anything else ends the run.
+        if (appended.code() != StatusCode::kCorrupt) return appended;
+        if (record_.failures.size() < RunRecord::kFailuresKept) {
+          record_.failures.push_back(fmt::format(
+              "append, layer {}: {}", trace_.layers()[layer].number, appended.message()));
+        }
       }
       appended_ += count;
       progress_.show(title_, appended_, trace_.manifest().tokens);
@@ -115,17 +124,34 @@ class Replayer {
     const Status status = sequence_.step(request, &report);
     // A block that could not be had fails this step alone; anything else ends the run.
     if (!status.ok() && report.failures.empty()) return status;
-    count_hits(layer, before);
+    count_traffic(layer, before);
+    record_.layers[layer].metadata_bytes =
+        std::max(record_.layers[layer].metadata_bytes, report.metadata_bytes);
     keep(step, layer, request.budget_tokens, report, status.ok());
     return {};
   }
 
-  void count_hits(std::uint32_t layer, const RuntimeStats& before) {
+  void count_traffic(std::uint32_t layer, const RuntimeStats& before) {
     const RuntimeStats after = runtime_.stats();
+    LayerTraffic& traffic = record_.layers[layer];
     for (std::size_t tier = 0; tier < kTierCount; ++tier) {
-      record_.layer_hits[layer][tier] += after.tiers[tier].hits - before.tiers[tier].hits;
-      record_.layer_held_hits[layer][tier] +=
-          after.tiers[tier].held_hits - before.tiers[tier].held_hits;
+      traffic.hits[tier] += after.tiers[tier].hits - before.tiers[tier].hits;
+      traffic.held_hits[tier] += after.tiers[tier].held_hits - before.tiers[tier].held_hits;
+    }
+    for (std::size_t route = 0; route < kRouteCount; ++route) {
+      traffic.bytes[route] +=
+          after.routes[route].submitted_bytes - before.routes[route].submitted_bytes;
+    }
+    const auto add = [&](auto& sum, auto counters, auto member) {
+      sum.*member += (after.*counters).*member - (before.*counters).*member;
+    };
+    for (const auto member : {&VerificationStats::verified, &VerificationStats::mismatched,
+                              &VerificationStats::recovered, &VerificationStats::failed}) {
+      add(traffic.verification, &RuntimeStats::verification, member);
+    }
+    for (const auto member : {&PrefetchStats::issued_bytes, &PrefetchStats::useful_bytes,
+                              &PrefetchStats::wasted_bytes, &PrefetchStats::late}) {
+      add(traffic.prefetch, &RuntimeStats::prefetch, member);
     }
   }
 

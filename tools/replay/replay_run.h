@@ -18,6 +18,17 @@
 
 namespace kvtier {
 
+/// What one layer's appends and steps found and moved.
+struct LayerTraffic {
+  std::array<std::uint64_t, kTierCount> hits{};
+  std::array<std::uint64_t, kTierCount> held_hits{};
+  /// Submitted, look-ahead for the next layer included.
+  std::array<std::uint64_t, kRouteCount> bytes{};
+  VerificationStats verification;
+  PrefetchStats prefetch;
+  std::uint64_t metadata_bytes = 0;  ///< Of its selector, at its peak.
+};
+
 /// Everything that one run did and returned, kept until all runs are measured together.
 struct RunRecord {
   /// Failures that are told in full; all are counted.
@@ -33,9 +44,7 @@ struct RunRecord {
   std::vector<std::uint64_t> tokens_attended;  ///< [steps, layers], summed over head groups.
   std::vector<StepTiming> timings;             ///< [steps, layers]
 
-  /// [layers]: hits of that layer's steps, by tier.
-  std::vector<std::array<std::uint64_t, kTierCount>> layer_hits;
-  std::vector<std::array<std::uint64_t, kTierCount>> layer_held_hits;
+  std::vector<LayerTraffic> layers;  ///< [layers]
 
   std::uint64_t failed_steps = 0;
   std::vector<std::string> failures;  ///< The first blocks that were not to be had.

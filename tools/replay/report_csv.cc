@@ -3,14 +3,10 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
-#include <array>
 #include <cmath>
-#include <span>
 
 namespace kvtier {
 namespace {
-
-using Hits = std::array<std::uint64_t, kTierCount>;
 
 /// Quoted where a comma or a quote would end the cell: selectors have parameters.
 std::string cell(const std::string& text) {
@@ -48,17 +44,16 @@ std::vector<std::string> quality_cells(const QualityFigures& figures) {
 }
 
 void append_row(std::string& text, const RunRecord& run, const std::string& layer,
-                const QualityFigures& figures, const Hits& hits, const RuntimeStats* stats) {
+                const QualityFigures& figures, const LayerTraffic& traffic,
+                const RuntimeStats* stats) {
   std::vector<std::string> cells = {cell(run.selector), cell(run.budget), layer};
   for (std::string& value : quality_cells(figures)) cells.push_back(std::move(value));
-  for (const std::uint64_t count : hits) cells.push_back(fmt::format("{}", count));
-  // Transfers serve all layers, so only the run as a whole has bytes.
+  for (const std::uint64_t count : traffic.hits) cells.push_back(fmt::format("{}", count));
+  for (const std::uint64_t bytes : traffic.bytes) cells.push_back(fmt::format("{}", bytes));
+  // The tables and the look-ahead serve all layers: only the run as a whole has these.
   const auto total = [&](std::uint64_t value) {
     cells.push_back(stats != nullptr ? fmt::format("{}", value) : "");
   };
-  for (std::size_t route = 0; route < kRouteCount; ++route) {
-    total(stats != nullptr ? stats->routes[route].bytes : 0);
-  }
   const RuntimeStats none{};
   const RuntimeStats& all = stats != nullptr ? *stats : none;
   for (const std::uint64_t value :
@@ -86,12 +81,17 @@ std::string report_csv(const ReplayReport& report) {
   for (std::size_t index = 0; index < report.runs.size(); ++index) {
     const RunRecord& run = report.runs[index];
     const RunQuality& quality = report.qualities[index];
-    Hits hits{};
-    for (std::size_t tier = 0; tier < kTierCount; ++tier) hits[tier] = run.stats.tiers[tier].hits;
-    append_row(text, run, "all", quality.overall, hits, &run.stats);
+    LayerTraffic all;
+    for (std::size_t tier = 0; tier < kTierCount; ++tier) {
+      all.hits[tier] = run.stats.tiers[tier].hits;
+    }
+    for (std::size_t route = 0; route < kRouteCount; ++route) {
+      all.bytes[route] = run.stats.routes[route].submitted_bytes;
+    }
+    append_row(text, run, "all", quality.overall, all, &run.stats);
     for (std::size_t layer = 0; layer < quality.layers.size(); ++layer) {
       append_row(text, run, fmt::format("{}", report.trace->layers()[layer].number),
-                 quality.layers[layer], run.layer_hits[layer], nullptr);
+                 quality.layers[layer], run.layers[layer], nullptr);
     }
   }
   return text;

@@ -131,31 +131,59 @@ Json quantiles_json(const std::vector<StepTiming>& timings, Duration StepTiming:
           {"p99", number(quantile_of_sorted(microseconds, 0.99))}};
 }
 
-Json timing_json(const RunRecord& run, std::size_t steps) {
+void put_stages(const std::vector<StepTiming>& timings, Json& json) {
+  json["select_us"] = quantiles_json(timings, &StepTiming::select);
+  json["resolve_us"] = quantiles_json(timings, &StepTiming::resolve);
+  json["fetch_us"] = quantiles_json(timings, &StepTiming::fetch);
+  json["attend_us"] = quantiles_json(timings, &StepTiming::attend);
+  json["merge_us"] = quantiles_json(timings, &StepTiming::merge);
+  json["look_ahead_us"] = quantiles_json(timings, &StepTiming::look_ahead);
+  json["total_us"] = quantiles_json(timings, &StepTiming::total);
+  std::uint64_t waits = 0;
+  for (const StepTiming& timing : timings) waits += timing.waits;
+  json["waits"] = waits;
+}
+
+Json timing_json(const ReplayReport& report, const RunRecord& run) {
+  const std::size_t steps = report.trace->query_positions().size();
   const double seconds = static_cast<double>(run.step_time.count()) / 1e9;
   Json json;
   json["steps_per_second"] =
       seconds > 0 ? number(static_cast<double>(steps) / seconds) : Json(nullptr);
   json["append_seconds"] = static_cast<double>(run.append_time.count()) / 1e9;
   json["step_seconds"] = seconds;
-  json["select_us"] = quantiles_json(run.timings, &StepTiming::select);
-  json["resolve_us"] = quantiles_json(run.timings, &StepTiming::resolve);
-  json["fetch_us"] = quantiles_json(run.timings, &StepTiming::fetch);
-  json["attend_us"] = quantiles_json(run.timings, &StepTiming::attend);
-  json["merge_us"] = quantiles_json(run.timings, &StepTiming::merge);
-  json["look_ahead_us"] = quantiles_json(run.timings, &StepTiming::look_ahead);
-  json["total_us"] = quantiles_json(run.timings, &StepTiming::total);
-  std::uint64_t waits = 0;
-  for (const StepTiming& timing : run.timings) waits += timing.waits;
-  json["waits"] = waits;
+  put_stages(run.timings, json);
+  // Here and not under `layers`, so that one key holds all that differs between equal runs.
+  json["layers"] = Json::array();
+  const std::size_t layers = report.trace->layers().size();
+  for (std::size_t layer = 0; layer < layers; ++layer) {
+    std::vector<StepTiming> timings;
+    for (std::size_t i = layer; i < run.timings.size(); i += layers) {
+      timings.push_back(run.timings[i]);
+    }
+    Json each;
+    each["layer"] = report.trace->layers()[layer].number;
+    put_stages(timings, each);
+    json["layers"].push_back(each);
+  }
   return json;
 }
 
+Json blocks_json(const VerificationStats& verification) {
+  return {{"verified", verification.verified},
+          {"mismatched", verification.mismatched},
+          {"recovered", verification.recovered},
+          {"failed", verification.failed}};
+}
+
+Json prefetch_json(const PrefetchStats& prefetch) {
+  return {{"useful_bytes", prefetch.useful_bytes},
+          {"wasted_bytes", prefetch.wasted_bytes},
+          {"late", prefetch.late}};
+}
+
 void put_traffic(const RuntimeStats& stats, Json& json) {
-  json["blocks"] = {{"verified", stats.verification.verified},
-                    {"mismatched", stats.verification.mismatched},
-                    {"recovered", stats.verification.recovered},
-                    {"failed", stats.verification.failed}};
+  json["blocks"] = blocks_json(stats.verification);
   json["tiers"] = Json::object();
   for (int index = 0; index < kTierCount; ++index) {
     const TierStats& tier = stats.tiers[static_cast<std::size_t>(index)];
@@ -168,11 +196,9 @@ void put_traffic(const RuntimeStats& stats, Json& json) {
   json["bytes"] = Json::object();
   for (int index = 0; index < kRouteCount; ++index) {
     json["bytes"][to_string(static_cast<Route>(index))] =
-        stats.routes[static_cast<std::size_t>(index)].bytes;
+        stats.routes[static_cast<std::size_t>(index)].submitted_bytes;
   }
-  json["prefetch"] = {{"useful_bytes", stats.prefetch.useful_bytes},
-                      {"wasted_bytes", stats.prefetch.wasted_bytes},
-                      {"late", stats.prefetch.late}};
+  json["prefetch"] = prefetch_json(stats.prefetch);
   json["metadata_bytes"] = stats.metadata_bytes;
   json["disk_writes_failed"] = stats.disk_writes_failed;
 }
@@ -181,11 +207,22 @@ Json layer_json(const ReplayReport& report, std::size_t run, std::size_t layer) 
   Json json;
   json["layer"] = report.trace->layers()[layer].number;
   put_quality(report.qualities[run].layers[layer], json);
+  const LayerTraffic& traffic = report.runs[run].layers[layer];
   json["hits"] = Json::object();
+  json["held_hits"] = Json::object();
   for (int index = 0; index < kTierCount; ++index) {
-    json["hits"][to_string(static_cast<Tier>(index))] =
-        report.runs[run].layer_hits[layer][static_cast<std::size_t>(index)];
+    const char* const tier = to_string(static_cast<Tier>(index));
+    json["hits"][tier] = traffic.hits[static_cast<std::size_t>(index)];
+    json["held_hits"][tier] = traffic.held_hits[static_cast<std::size_t>(index)];
   }
+  json["bytes"] = Json::object();
+  for (int index = 0; index < kRouteCount; ++index) {
+    json["bytes"][to_string(static_cast<Route>(index))] =
+        traffic.bytes[static_cast<std::size_t>(index)];
+  }
+  json["blocks"] = blocks_json(traffic.verification);
+  json["prefetch"] = prefetch_json(traffic.prefetch);
+  json["metadata_bytes"] = traffic.metadata_bytes;
   return json;
 }
 
@@ -216,7 +253,7 @@ Json run_json(const ReplayReport& report, std::size_t index) {
   for (std::size_t layer = 0; layer < quality.layers.size(); ++layer) {
     json["layers"].push_back(layer_json(report, index, layer));
   }
-  json["timing"] = timing_json(run, report.trace->query_positions().size());
+  json["timing"] = timing_json(report, run);
   return json;
 }
 

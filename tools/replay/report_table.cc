@@ -126,7 +126,7 @@ std::string traffic_table(const ReplayReport& report) {
   for (const RunRecord& run : report.runs) {
     const RuntimeStats& stats = run.stats;
     const auto moved = [&](Route route) {
-      return format_bytes(stats.routes[static_cast<std::size_t>(route)].bytes);
+      return format_bytes(stats.routes[static_cast<std::size_t>(route)].submitted_bytes);
     };
     const double seconds = static_cast<double>(run.step_time.count()) / 1e9;
     const double steps = static_cast<double>(report.trace->query_positions().size());

@@ -5,23 +5,25 @@
 #include <bit>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 namespace kvtier {
 
-/// The ids that left a cache last, at most `capacity` of them: a ring in the order they left, and a
-/// hash table that finds them. Both are allocated once; every operation is O(1).
+/// The ids that left a cache last, at most `capacity` of them, each with the score it left with: a
+/// ring in the order they left, and a hash table that finds them. Both are allocated once; every
+/// operation is O(1).
 ///
 /// Invariants: the table maps an id to its ticket (the count of ids pushed before it), and has an
 /// entry for exactly the ids that are remembered. A ring cell whose id was taken out, or pushed
 /// again, is stale: the table no longer has its ticket. The table is at most half full, with linear
 /// probing and no tombstones: erasing shifts later entries back.
-class GhostIds {
+class GhostScores {
  public:
-  explicit GhostIds(std::uint32_t capacity)
+  explicit GhostScores(std::uint32_t capacity)
       : ring_(capacity), table_(std::bit_ceil(std::size_t{capacity} * 2 + 2)) {}
 
-  void push(std::uint64_t id) {
+  void push(std::uint64_t id, double score) {
     if (ring_.empty()) return;
     take(id);
     std::uint64_t& cell = ring_[next_ % ring_.size()];
@@ -31,21 +33,23 @@ class GhostIds {
     }
     cell = id;
     ++next_;
-    table_[find(id)] = {id, next_};
+    table_[find(id)] = {id, next_, score};
   }
 
-  /// Forgets `id`; whether it was remembered.
-  bool take(std::uint64_t id) {
+  /// Forgets `id`; its score, if it was remembered.
+  std::optional<double> take(std::uint64_t id) {
     const std::size_t at = find(id);
-    if (table_[at].ticket == 0) return false;
+    if (table_[at].ticket == 0) return std::nullopt;
+    const double score = table_[at].score;
     erase(at);
-    return true;
+    return score;
   }
 
  private:
   struct Entry {
     std::uint64_t id = 0;
     std::uint64_t ticket = 0;  ///< From 1; 0 is an empty entry.
+    double score = 0;
   };
 
   std::size_t mask() const { return table_.size() - 1; }

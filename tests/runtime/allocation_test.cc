@@ -1,0 +1,42 @@
+#include "tests/allocation_counter.h"
+#include "tests/runtime/harness.h"
+
+#include <gtest/gtest.h>
+
+namespace kvtier::testing {
+namespace {
+
+// Tokens come, blocks seal, extents go to disk and come back: nothing of it asks for memory once
+// the lists of a step's work have seen a large step.
+TEST(Allocation, DecodingAllocatesNothingInTheLongRun) {
+  for (const bool threads : {false, true}) {
+    for (const char* eviction : {"lru", "lrfu"}) {
+      HarnessOptions options;
+      options.selector = "landmark(tokens=4)";
+      options.eviction = eviction;
+      options.transfer_threads = threads;
+      options.look_ahead_bytes = 36 * 1024;
+      options.tokens_max = 1600;
+      Harness harness(options);
+      ASSERT_TRUE(harness.append(1000).ok());
+      const auto decode = [&](std::uint32_t tokens, std::uint32_t budget) {
+        for (std::uint32_t i = 0; i < tokens; ++i) {
+          ASSERT_TRUE(harness.append(1).ok());
+          for (std::uint32_t layer : {0u, 1u}) ASSERT_TRUE(harness.step(layer, budget).ok());
+        }
+      };
+      decode(200, 260);
+      const RuntimeStats before = harness.runtime().stats();
+      const std::uint64_t allocations = allocation_count();
+      decode(150, 240);
+      EXPECT_EQ(allocation_count() - allocations, 0u) << eviction << ", threads " << threads;
+      const RuntimeStats after = harness.runtime().stats();
+      EXPECT_GT(after.tiers[2].hits, before.tiers[2].hits);
+      EXPECT_GT(after.tiers[2].used_bytes, before.tiers[2].used_bytes);
+      EXPECT_EQ(harness.device().wrong_blocks(), 0u);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace kvtier::testing
