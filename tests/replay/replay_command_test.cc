@@ -26,13 +26,14 @@ std::string file_text(const std::filesystem::path& path) {
 
 /// Device 10 %, host 30 %, the rest on disk; extents so small that 10 % holds what a step needs.
 std::vector<std::string> three_tiers() {
-  return {"--budget",          "100", "--extent-bytes",  "16KiB",
+  return {"--budget",          "100", "--extent-bytes",  "8KiB",
           "--device-capacity", "30%", "--host-capacity", "30%"};
 }
 
 TEST(ReplayCommand, FullBudgetEqualsExactAttentionThroughThreeTiers) {
-  const json result = replay_json(
-      shipped_trace(), {"--budget", "100%", "--device-capacity", "10%", "--host-capacity", "30%"});
+  const json result =
+      replay_json(shipped_trace(), {"--budget", "100%", "--only-layers", "21", "--device-capacity",
+                                    "10%", "--host-capacity", "30%"});
   const json& run = result["runs"].at(0);
   EXPECT_LE(run["output_error"]["max"].get<double>(), 1e-4);
   EXPECT_LE(run["attended_error"]["max"].get<double>(), 1e-4);

@@ -28,8 +28,8 @@ class ReplayInject : public ::testing::Test {
   std::string trace_path() const { return folder_.path() / "trace"; }
 
   std::vector<std::string> arguments(const std::string& inject) const {
-    return {"--budget",        "100", "--extent-bytes", "16KiB", "--device-capacity", "30%",
-            "--host-capacity", "30%", "--inject",       inject,  "--verify",          "all"};
+    return {"--budget",        "100", "--extent-bytes", "8KiB", "--device-capacity", "30%",
+            "--host-capacity", "30%", "--inject",       inject, "--verify",          "all"};
   }
 
   ScratchFolder folder_;
@@ -145,7 +145,7 @@ TEST_F(ReplayInject, AKilledRunLeavesNothingBehind) {
   }
   const std::vector<std::string> again = {
       "--disk-path",    disk.string(), "--budget",          "100",
-      "--extent-bytes", "16KiB",       "--device-capacity", "30%"};
+      "--extent-bytes", "8KiB",        "--device-capacity", "30%"};
   EXPECT_TRUE(replay_json(trace_path(), again)["runs"].at(0)["verified"].get<bool>());
   EXPECT_TRUE(std::filesystem::is_empty(disk));
 }

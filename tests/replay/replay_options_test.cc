@@ -72,23 +72,23 @@ TEST_F(ReplayOptionsTest, WhatTheTraceOrTheMachineCannotGive) {
                  {"--device-capacity", "1KiB", "expected at least"});
   expect_refused({"--host-capacity", "1KiB", "--budget", "100", "--device-capacity", "100%"},
                  {"--host-capacity", "1KiB", "expected at least"});
-  expect_refused({"--disk-capacity", "0", "--extent-bytes", "16KiB", "--budget", "100",
+  expect_refused({"--disk-capacity", "0", "--extent-bytes", "8KiB", "--budget", "100",
                   "--device-capacity", "100%"},
                  {"--disk-capacity", "0", "expected at least"});
-  expect_refused({"--disk-path", "/nonexistent/folder", "--budget", "100", "--extent-bytes",
-                  "16KiB", "--device-capacity", "100%"},
+  expect_refused({"--disk-path", "/nonexistent/folder", "--budget", "100", "--extent-bytes", "8KiB",
+                  "--device-capacity", "100%"},
                  {"--disk-path", "/nonexistent/folder"});
-  expect_refused({"--disk-capacity", "1000TiB", "--budget", "100", "--extent-bytes", "16KiB",
+  expect_refused({"--disk-capacity", "1000TiB", "--budget", "100", "--extent-bytes", "8KiB",
                   "--device-capacity", "100%"},
                  {"--disk-capacity"});
   expect_refused({"--inject", "bitflip:link:1e-3"}, {"--inject", "--verify all"});
 }
 
 TEST_F(ReplayOptionsTest, FilesThatCannotBeWrittenAreFoundBeforeTheRun) {
-  const std::vector<std::string> sound = {"--budget",          "100", "--extent-bytes", "16KiB",
+  const std::vector<std::string> sound = {"--budget",          "100", "--extent-bytes", "8KiB",
                                           "--device-capacity", "100%"};
   for (const std::string option : {"--output", "--timeline"}) {
-    for (const std::string path : {folder_.path().string(), std::string("/nonexistent/result")}) {
+    for (const std::string& path : {folder_.path().string(), std::string("/nonexistent/result")}) {
       std::vector<std::string> arguments = sound;
       arguments.insert(arguments.end(), {option, path});
       expect_refused(arguments, {option, path});
@@ -100,20 +100,26 @@ TEST_F(ReplayOptionsTest, FilesThatCannotBeWrittenAreFoundBeforeTheRun) {
 }
 
 TEST_F(ReplayOptionsTest, ACapacityThatIsNamedAsTheLeastWorks) {
-  // The message must be worth following: what it names has to do.
-  const std::vector<std::string> arguments = {
-      "replay",       trace_path(), "--budget",          "100", "--extent-bytes", "16KiB",
-      "--look-ahead", "0",          "--device-capacity", "1"};
-  const Outcome refused = run_kvtier(arguments);
-  ASSERT_EQ(refused.exit_code, 2) << refused.errors;
-  const std::string marker = "expected at least ";
-  const std::size_t at = refused.errors.find(marker);
-  ASSERT_NE(at, std::string::npos) << refused.errors;
-  const std::string least = std::to_string(std::stoull(refused.errors.substr(at + marker.size())));
-  std::vector<std::string> enough = arguments;
-  enough.back() = least;
-  const Outcome accepted = run_kvtier(enough);
-  EXPECT_EQ(accepted.exit_code, 0) << accepted.errors;
+  // The message must be worth following: what it names has to do, and nothing less.
+  for (const std::string option : {"--device-capacity", "--host-capacity", "--disk-capacity"}) {
+    for (const bool deterministic : {false, true}) {
+      std::vector<std::string> arguments = {"replay",         trace_path(), "--budget",     "100",
+                                            "--extent-bytes", "8KiB",       "--look-ahead", "0"};
+      if (deterministic) arguments.emplace_back("--deterministic");
+      if (option != "--device-capacity") {
+        arguments.insert(arguments.end(), {"--device-capacity", "100%"});
+      }
+      arguments.insert(arguments.end(), {option, "1"});
+      const Outcome refused = run_kvtier(arguments);
+      ASSERT_EQ(refused.exit_code, 2) << refused.errors;
+      const std::string marker = "expected at least ";
+      const std::size_t at = refused.errors.find(marker);
+      ASSERT_NE(at, std::string::npos) << refused.errors;
+      arguments.back() = std::to_string(std::stoull(refused.errors.substr(at + marker.size())));
+      const Outcome accepted = run_kvtier(arguments);
+      EXPECT_EQ(accepted.exit_code, 0) << option << " " << arguments.back() << accepted.errors;
+    }
+  }
 }
 
 TEST_F(ReplayOptionsTest, BadInputIsNotAUsageError) {

@@ -16,7 +16,7 @@ TEST(ReplayRepeat, EqualInputAndOptionsGiveEqualBytes) {
   write_trace(make_trace(replayable_trace()), trace);
   const std::vector<std::string> shared = {"--selector",        "landmark,random",
                                            "--budget",          "100",
-                                           "--extent-bytes",    "16KiB",
+                                           "--extent-bytes",    "8KiB",
                                            "--device-capacity", "30%",
                                            "--host-capacity",   "30%"};
   const std::vector<std::vector<std::string>> variants = {
@@ -50,7 +50,7 @@ class ReplayCapacities : public ::testing::Test {
   RunRecord run(const char* device_capacity, const char* host_capacity, bool deterministic) {
     ReplayOptions options;
     options.budgets = {Budget::parse("150").value()};
-    options.extent_bytes = 16 * 1024;
+    options.extent_bytes = 8 * 1024;
     options.device_capacity = Capacity::parse(device_capacity).value();
     options.host_capacity = Capacity::parse(host_capacity).value();
     options.disk_path = folder_.path();

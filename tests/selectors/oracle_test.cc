@@ -81,9 +81,11 @@ TEST(Oracle, EqualsTheBestOfAllChoices) {
       const Context context(shape, 60, 3);
       auto selector = make("oracle", shape);
       selector->append(context.keys(0, 60));
-      // Blocks 1 to 11 lie whole in the region: any five of them make a choice of 20 tokens.
+      // 12 tokens and one per further query are attended anyway. Blocks 1 to 11 lie whole in the
+      // region: any five of them make a choice of 20 tokens.
       const std::uint32_t position = 55;
-      const auto selection = select(*selector, shape, context.request(position, 32, queries));
+      const auto selection =
+          select(*selector, shape, context.request(position, 31 + queries, queries));
       for (std::uint32_t group = 0; group < 2; ++group) {
         const auto mass = true_mass(shape, context, group, position, queries);
         double best = 0;

@@ -31,7 +31,8 @@ template <typename Kind>
 class LinkContractTest : public ::testing::Test {
  protected:
   LinkContractTest() : link_(Kind::open()), host_(kBlocks * kBlock), device_(kBlocks * kBlock) {
-    for (std::size_t i = 0; i < host_.size(); ++i) host_[i] = static_cast<std::byte>(i * 31 + i / 7);
+    for (std::size_t i = 0; i < host_.size(); ++i)
+      host_[i] = static_cast<std::byte>(i * 31 + i / 7);
   }
 
   /// Block `from` of the host goes to place `to` of the device.

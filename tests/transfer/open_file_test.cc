@@ -16,6 +16,7 @@
 #include <filesystem>
 #include <iostream>
 #include <iterator>
+#include <optional>
 
 namespace kvtier {
 namespace {
@@ -49,12 +50,16 @@ class OpenFileTest : public ::testing::Test {
 
 // Makes the kernel answer `error` to a system call, for the rest of the process: what a container's
 // filter or a lesser file system does. With `mask`, only when the third argument has one of its
-// bits.
-void refuse(long number, int error, std::uint32_t mask = 0) {
+// bits, and with `second`, only when the second is that: a call without a third argument has
+// something there too.
+void refuse(long number, int error, std::uint32_t mask = 0, std::optional<int> second = {}) {
   const auto answer = SECCOMP_RET_ERRNO | static_cast<std::uint32_t>(error);
   sock_filter rules[] = {
       BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),
-      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, static_cast<std::uint32_t>(number), 0, 3),
+      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, static_cast<std::uint32_t>(number), 0, 5),
+      BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, args[1])),
+      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, static_cast<std::uint32_t>(second.value_or(0)), 0,
+               static_cast<std::uint8_t>(second ? 3 : 0)),
       BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, args[2])),
       BPF_JUMP(BPF_JMP | BPF_JSET | BPF_K, mask, 0, static_cast<std::uint8_t>(mask == 0 ? 0 : 1)),
       BPF_STMT(BPF_RET | BPF_K, answer),
@@ -134,7 +139,7 @@ TEST_F(OpenFileTest, DiskTooSmallFailsAtOpenWithFigures) {
   const auto opened = open_file(large);
   ASSERT_FALSE(opened.ok());
   EXPECT_EQ(opened.status().code(), StatusCode::kNoSpace);
-  const std::string& message = opened.status().message();
+  const std::string message = opened.status().message();
   EXPECT_NE(message.find(large.directory), std::string::npos) << message;
   EXPECT_NE(message.find("1125899906842624 B wanted"), std::string::npos) << message;
   EXPECT_NE(message.find(" B free"), std::string::npos) << message;
@@ -233,7 +238,7 @@ TEST_F(RefusedFileTest, FullDiskAtReservationIsNoSpace) {
 TEST_F(RefusedFileTest, DirectIoRefusedFallsBackToThePageCache) {
   EXPECT_EXIT(
       {
-        refuse(SYS_fcntl, EINVAL, O_DIRECT);
+        refuse(SYS_fcntl, EINVAL, O_DIRECT, F_SETFL);
         expect_works(options(), "posix", false, "refuses direct I/O (Invalid argument)");
       },
       good_or_unknown, "");

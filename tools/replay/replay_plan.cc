@@ -155,6 +155,11 @@ Result<ReplayPlan> ReplayPlan::make(const ReplayOptions& options, const Attentio
   KVTIER_RETURN_IF_ERROR(check_shape(trace.manifest().model));
   ReplayPlan plan;
   plan.runtime = runtime_options(options, trace);
+  if (auto layout = BlockLayout::make(plan.runtime.block); !layout.ok()) {
+    return invalid_argument(fmt::format("--block-tokens {}, --extent-bytes {}: {}",
+                                        options.block_tokens, options.extent_bytes,
+                                        layout.status().message()));
+  }
   for (const std::string& name : options.selectors) {
     auto factory = make_selector_factory(name);
     if (!factory.ok()) return invalid_argument("--selector: " + factory.status().message());
@@ -164,11 +169,6 @@ Result<ReplayPlan> ReplayPlan::make(const ReplayOptions& options, const Attentio
     }
   }
   plan.runtime.selector = plan.runs.front().factory;
-  if (auto layout = BlockLayout::make(plan.runtime.block); !layout.ok()) {
-    return invalid_argument(fmt::format("--block-tokens {}, --extent-bytes {}: {}",
-                                        options.block_tokens, options.extent_bytes,
-                                        layout.status().message()));
-  }
   KVTIER_ASSIGN_OR_RETURN(plan.needs, Runtime::needs(plan.runtime));
   KVTIER_RETURN_IF_ERROR(plan_capacities(options, trace.kv_bytes(), plan));
   plan.disk.directory = options.disk_path.empty() ? temporary_directory() : options.disk_path;
