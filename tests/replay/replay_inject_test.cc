@@ -28,7 +28,7 @@ class ReplayInject : public ::testing::Test {
   std::string trace_path() const { return folder_.path() / "trace"; }
 
   std::vector<std::string> arguments(const std::string& inject) const {
-    return {"--budget",        "100", "--extent-bytes", "8KiB", "--device-capacity", "30%",
+    return {"--budget",        "400", "--extent-bytes", "8KiB", "--device-capacity", "30%",
             "--host-capacity", "30%", "--inject",       inject, "--verify",          "all"};
   }
 
@@ -37,8 +37,8 @@ class ReplayInject : public ::testing::Test {
 
 TEST_F(ReplayInject, FaultsThatPassAreRecoveredFrom) {
   const json run =
-      replay_json(trace_path(), arguments("bitflip:disk:3e-2,bitflip:link:1e-3,shortread:3e-2,"
-                                          "eio:2e-2,misplaced:2e-2,seed=7"))["runs"]
+      replay_json(trace_path(), arguments("bitflip:disk:1e-2,bitflip:link:1e-3,shortread:1e-2,"
+                                          "eio:1e-2,misplaced:1e-2,seed=7"))["runs"]
           .at(0);
   EXPECT_TRUE(run["verified"].get<bool>());
   EXPECT_EQ(run["blocks"]["failed"], 0);
