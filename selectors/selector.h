@@ -122,9 +122,9 @@ class Selector {
   virtual std::uint32_t truncate_floor(std::uint32_t position) const { return position; }
 
   /// Ranks blocks for the step's queries into `selection`, one entry per head group. Never chooses
-  /// more tokens of a group than the budget leaves beside sinks and the windows of all queries; chooses to within one block of it when
-  /// enough tokens are there. `invalid_argument` when a query is not finite or the budget does not
-  /// cover sinks and window.
+  /// more tokens of a group than the budget leaves beside sinks and the windows of all queries;
+  /// chooses to within one block of it when enough tokens are there. `invalid_argument` when a
+  /// query is not finite or the budget does not cover sinks and window.
   virtual Status select(const SelectRequest& request, std::span<GroupSelection> selection,
                         WorkerPool& pool) = 0;
 

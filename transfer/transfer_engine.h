@@ -72,7 +72,7 @@ class Transfer {
 struct RouteStats {
   std::uint64_t transfers = 0;
   std::uint64_t submitted_bytes = 0;  ///< As accepted by `submit`, however they end.
-  std::uint64_t bytes = 0;  ///< Of transfers that ended well.
+  std::uint64_t bytes = 0;            ///< Of transfers that ended well.
   std::uint64_t failures = 0;
   std::uint64_t cancelled = 0;
   std::uint64_t short_transfers = 0;  ///< Submitted again because fewer bytes came than asked.
