@@ -102,7 +102,8 @@ class Runtime {
   RuntimeStats stats() const;
 
   /// Ends all transfers and writes, closes the transfer engine. Every sequence is closed before.
-  /// Returns the first failure of a disk write that nobody has been told of.
+  /// Returns the first failure of a disk write that repeating did not mend, whether or not `append`
+  /// has told of it.
   Status close();
 
  private:

@@ -75,7 +75,7 @@ class Lrfu final : public EvictionPolicy {
   }
 
  private:
-  /// On recorded selections anything from 2 to 4 does within a percent of the best
+  /// Shorter is better where a step fills the cache, longer where it does not: a compromise
   /// (selectors/README.md).
   static constexpr double kHalfLife = 3.0;
 
