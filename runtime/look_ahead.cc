@@ -1,5 +1,7 @@
 #include "runtime/look_ahead.h"
 
+#include "selectors/eviction_policy.h"
+
 #include <algorithm>
 
 namespace kvtier {
@@ -18,9 +20,8 @@ LookAhead::LookAhead(const Parts& parts, const Limits& limits)
 void LookAhead::begin_step(std::uint64_t step) {
   step_ = step;
   bytes_left_ = limits_.bytes_per_step;
-  // An eviction policy keeps guesses in an eighth of the frames: what is promoted now shall still
-  // be there when the step comes that it is for.
-  frames_left_ = std::max(1u, table_.frames_available() / (8 * limits_.steps_ahead));
+  // What is promoted now shall still be there when the step comes that it is for.
+  frames_left_ = std::max(1u, table_.frames_available() / (kPredictedShare * limits_.steps_ahead));
 }
 
 void LookAhead::consider(std::span<const BlockId> blocks) {

@@ -15,9 +15,9 @@ namespace kvtier {
 ///
 /// Predicts two things: that the next layer attends what it attended one token ago, and that this
 /// layer soon attends the blocks ranked just below the cut. Decides by what the tables say, never
-/// by how far a transfer has come, and promotes no more for one token than an eighth of what can be
-/// dropped: prediction must not empty the host tier of what was asked for. One thread at a time;
-/// allocates only when made.
+/// by how far a transfer has come, and promotes no more for one token than the share of the
+/// frames (`kPredictedShare`) that eviction keeps for guesses: prediction must not empty the host
+/// tier of what was asked for. One thread at a time; allocates only when made.
 class LookAhead {
  public:
   struct Parts {

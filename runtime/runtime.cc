@@ -43,17 +43,20 @@ std::uint64_t held_slots_per_stream(const RuntimeOptions& options, const BlockLa
   return std::min<std::uint64_t>(held, ceil_divide(options.tokens_max, tokens));
 }
 
+std::uint64_t count_streams(const RuntimeOptions& options, const BlockLayout& layout) {
+  return std::uint64_t{options.sequences_max} * options.layers * layout.head_groups();
+}
+
 // Frames that hold nothing but what can be read again: two extents that a step reads at a time, or,
 // where a chunk must be attended as a whole, as many as it has blocks; and the one in each stream
 // that a truncation cuts.
-std::uint32_t reading_frames(const RuntimeOptions& options, const BlockLayout& layout) {
-  const std::uint32_t streams = options.sequences_max * options.layers * layout.head_groups();
-  return streams + (options.deterministic ? std::max(2u, blocks_per_chunk(layout)) : 2);
+std::uint64_t reading_frames(const RuntimeOptions& options, const BlockLayout& layout) {
+  return count_streams(options, layout) +
+         (options.deterministic ? std::max(2u, blocks_per_chunk(layout)) : 2);
 }
 
 RuntimeNeeds compute_needs(const RuntimeOptions& options, const BlockLayout& layout) {
-  const std::uint64_t streams =
-      std::uint64_t{options.sequences_max} * options.layers * layout.head_groups();
+  const std::uint64_t streams = count_streams(options, layout);
   RuntimeNeeds needs;
   // A truncation brings one block per stream beside those that are held.
   needs.device_bytes =
@@ -161,9 +164,9 @@ Result<std::unique_ptr<Runtime>> Runtime::open(const RuntimeOptions& options,
       layout, s.frames.bytes(), static_cast<std::uint32_t>(places), std::move(frame_policy));
   const std::uint64_t blocks = (frame_count + places) * layout.blocks_per_extent();
   s.map = std::make_unique<DeviceMap>(layout, s.slab.bytes(), blocks, std::move(slot_policy));
-  s.host = std::make_unique<HostTier>(
-      HostTier::Parts{&s.layout, s.table.get(), s.map.get(), s.engine.get(), options.verify,
-                      &s.counters, places > 0 ? reading_frames(options, layout) : 0});
+  s.host = std::make_unique<HostTier>(HostTier::Parts{
+      &s.layout, s.table.get(), s.map.get(), s.engine.get(), options.verify, &s.counters,
+      places > 0 ? static_cast<std::uint32_t>(reading_frames(options, layout)) : 0});
   s.look_ahead = std::make_unique<LookAhead>(
       LookAhead::Parts{&s.layout, s.table.get(), s.map.get(), s.host.get(), &s.counters},
       LookAhead::Limits{.bytes_per_step = places > 0 ? options.look_ahead_bytes : 0,

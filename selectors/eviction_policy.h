@@ -17,6 +17,10 @@ enum class Admission {
   kPredicted,  ///< It may be used soon; `touch` says when it was.
 };
 
+/// A policy that tells guesses from uses keeps one place in this many for guesses. Whoever admits
+/// guesses and wants them to be there when their time comes admits no more.
+inline constexpr std::uint32_t kPredictedShare = 8;
+
 /// Chooses what leaves a full tier. Works on places (slots or frames, 0 .. capacity-1) and on the
 /// ids of what lies there, and never touches a byte of it.
 ///

@@ -14,9 +14,9 @@ namespace {
 /// passed since; the smallest sum leaves. What has left is remembered with its sum for as many
 /// departures as there are places, so that a block that returns goes on from where it was.
 ///
-/// What is admitted on a prediction stands in a queue of its own, of at most an eighth of the
-/// places, and leaves first come, first out until it is used: guesses compete with guesses, and a
-/// wrong one costs no block that has been used.
+/// What is admitted on a prediction stands in a queue of its own, of at most one place in
+/// `kPredictedShare`, and leaves first come, first out until it is used: guesses compete with
+/// guesses, and a wrong one costs no block that has been used.
 ///
 /// Time is the number of uses. The half-life is `kHalfLife` uses for every place, so a block must
 /// do without for several turnovers of the tier before its past stops counting.
@@ -29,7 +29,7 @@ class Lrfu final : public EvictionPolicy {
  public:
   explicit Lrfu(std::uint32_t capacity)
       : half_life_(kHalfLife * std::max(1u, capacity)),
-        predicted_max_(std::max(1u, capacity / 8)),
+        predicted_max_(std::max(1u, capacity / kPredictedShare)),
         heap_(capacity),
         predicted_(capacity, 1),
         ids_(capacity),
@@ -68,10 +68,10 @@ class Lrfu final : public EvictionPolicy {
     KVTIER_CHECK(held.size() == heap_.capacity(), "{} held counts for {} places", held.size(),
                  heap_.capacity());
     if (predicted_.size(0) >= predicted_max_) {
-      if (const auto place = evict_predicted(held)) return place;
+      if (const auto place = predicted_.take_back(0, held)) return place;
     }
     if (const auto place = evict_used(held)) return place;
-    return evict_predicted(held);
+    return predicted_.take_back(0, held);
   }
 
  private:
@@ -88,18 +88,6 @@ class Lrfu final : public EvictionPolicy {
     ++uses_;
     const std::optional<double> past = ghosts_.take(ids_[place]);
     heap_.push(place, past ? with_use(*past) : now());
-  }
-
-  std::optional<std::uint32_t> evict_predicted(std::span<const std::uint16_t> held) {
-    for (std::uint32_t seen = predicted_.size(0); seen > 0; --seen) {
-      const std::uint32_t place = predicted_.back(0);
-      if (held[place] == 0) {
-        predicted_.erase(0, place);
-        return place;
-      }
-      predicted_.move_to_front(0, place);
-    }
-    return std::nullopt;
   }
 
   std::optional<std::uint32_t> evict_used(std::span<const std::uint16_t> held) {

@@ -19,15 +19,7 @@ class Lru final : public EvictionPolicy {
   std::optional<std::uint32_t> evict(std::span<const std::uint16_t> held) override {
     KVTIER_CHECK(held.size() == lists_.capacity(), "{} held counts for {} places", held.size(),
                  lists_.capacity());
-    for (std::uint32_t seen = lists_.size(0); seen > 0; --seen) {
-      const std::uint32_t place = lists_.back(0);
-      if (held[place] == 0) {
-        lists_.erase(0, place);
-        return place;
-      }
-      lists_.move_to_front(0, place);
-    }
-    return std::nullopt;
+    return lists_.take_back(0, held);
   }
 
  private:

@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <optional>
+#include <span>
 #include <vector>
 
 namespace kvtier {
@@ -53,10 +55,19 @@ class PlaceLists {
     push_front(list, place);
   }
 
-  /// The place that was pushed first; `size` must not be 0.
-  std::uint32_t back(std::uint32_t list) const {
-    KVTIER_CHECK(sizes_[list] > 0, "list {} is empty", list);
-    return links_[capacity_ + list].previous;
+  /// Takes out the place that was pushed first of those whose `held` count is zero; none when all
+  /// are held. Held places met on the way go to the front, so that each is passed over once and not
+  /// at every call: O(1) amortised.
+  std::optional<std::uint32_t> take_back(std::uint32_t list, std::span<const std::uint16_t> held) {
+    for (std::uint32_t unseen = sizes_[list]; unseen > 0; --unseen) {
+      const std::uint32_t place = links_[capacity_ + list].previous;
+      if (held[place] == 0) {
+        erase(list, place);
+        return place;
+      }
+      move_to_front(list, place);
+    }
+    return std::nullopt;
   }
 
  private:

@@ -46,7 +46,8 @@ class Replayer {
         sequence_(sequence),
         progress_(progress),
         record_(record),
-        title_(fmt::format("{} at {}", run_.selector, run_.budget.text())) {
+        title_(fmt::format("{} at {}", run_.selector, run_.budget.text())),
+        counted_(runtime.stats()) {
     const TraceModel& model = trace_.manifest().model;
     queries_.resize(std::size_t{model.query_heads} * model.head_dim);
     lse_.resize(model.query_heads);
@@ -74,9 +75,8 @@ class Replayer {
     while (appended_ < tokens) {
       const std::uint32_t count = std::min(kPromptChunkTokens, tokens - appended_);
       for (std::uint32_t layer = 0; layer < trace_.layers().size(); ++layer) {
-        const RuntimeStats before = runtime_.stats();
         const Status appended = sequence_.append(LayerIndex{layer}, rows(layer, count));
-        count_traffic(layer, before);
+        count_traffic(layer);
         if (appended.ok()) continue;
         // Damage on the way down leaves the tokens appended and the block marked: whoever wants it
         // once the device has let it go will be told. Anything else ends the run.
@@ -119,20 +119,21 @@ class Replayer {
     request.budget_tokens = static_cast<std::uint32_t>(run_.budget.tokens(appended_));
     request.out = record_.outs.data() + (step * trace_.layers().size() + layer) * out_size;
     request.lse = lse_.data();
-    const RuntimeStats before = runtime_.stats();
     StepReport report;
     const Status status = sequence_.step(request, &report);
     // A block that could not be had fails this step alone; anything else ends the run.
     if (!status.ok() && report.failures.empty()) return status;
-    count_traffic(layer, before);
+    count_traffic(layer);
     record_.layers[layer].metadata_bytes =
         std::max(record_.layers[layer].metadata_bytes, report.metadata_bytes);
     keep(step, layer, request.budget_tokens, report, status.ok());
     return {};
   }
 
-  void count_traffic(std::uint32_t layer, const RuntimeStats& before) {
-    const RuntimeStats after = runtime_.stats();
+  // What has been counted since the last call is this layer's doing.
+  void count_traffic(std::uint32_t layer) {
+    RuntimeStats after = runtime_.stats();
+    const RuntimeStats& before = counted_;
     LayerTraffic& traffic = record_.layers[layer];
     for (std::size_t tier = 0; tier < kTierCount; ++tier) {
       traffic.hits[tier] += after.tiers[tier].hits - before.tiers[tier].hits;
@@ -153,6 +154,7 @@ class Replayer {
                               &PrefetchStats::wasted_bytes, &PrefetchStats::late}) {
       add(traffic.prefetch, &RuntimeStats::prefetch, member);
     }
+    counted_ = std::move(after);
   }
 
   void keep(std::uint32_t step, std::uint32_t layer, std::uint32_t budget, const StepReport& report,
@@ -193,6 +195,7 @@ class Replayer {
   Progress& progress_;
   RunRecord& record_;
   std::string title_;
+  RuntimeStats counted_;
   std::uint32_t appended_ = 0;
   std::vector<float> queries_;
   std::vector<float> lse_;

@@ -45,23 +45,20 @@ std::vector<std::string> quality_cells(const QualityFigures& figures) {
 
 void append_row(std::string& text, const RunRecord& run, const std::string& layer,
                 const QualityFigures& figures, const LayerTraffic& traffic,
-                const RuntimeStats* stats) {
+                const std::array<TierStats, kTierCount>* tiers) {
   std::vector<std::string> cells = {cell(run.selector), cell(run.budget), layer};
   for (std::string& value : quality_cells(figures)) cells.push_back(std::move(value));
   for (const std::uint64_t count : traffic.hits) cells.push_back(fmt::format("{}", count));
   for (const std::uint64_t bytes : traffic.bytes) cells.push_back(fmt::format("{}", bytes));
-  // The tables and the look-ahead serve all layers: only the run as a whole has these.
-  const auto total = [&](std::uint64_t value) {
-    cells.push_back(stats != nullptr ? fmt::format("{}", value) : "");
-  };
-  const RuntimeStats none{};
-  const RuntimeStats& all = stats != nullptr ? *stats : none;
   for (const std::uint64_t value :
-       {all.prefetch.useful_bytes, all.prefetch.wasted_bytes, all.prefetch.late,
-        all.verification.verified, all.verification.mismatched, all.verification.recovered,
-        all.verification.failed, all.metadata_bytes, all.tiers[0].peak_bytes,
-        all.tiers[1].peak_bytes, all.tiers[2].peak_bytes}) {
-    total(value);
+       {traffic.prefetch.useful_bytes, traffic.prefetch.wasted_bytes, traffic.prefetch.late,
+        traffic.verification.verified, traffic.verification.mismatched,
+        traffic.verification.recovered, traffic.verification.failed, traffic.metadata_bytes}) {
+    cells.push_back(fmt::format("{}", value));
+  }
+  // Layers share the tiers: only the run as a whole has a peak.
+  for (std::size_t tier = 0; tier < kTierCount; ++tier) {
+    cells.push_back(tiers != nullptr ? fmt::format("{}", (*tiers)[tier].peak_bytes) : "");
   }
   text += fmt::format("{}\n", fmt::join(cells, ","));
 }
@@ -88,7 +85,10 @@ std::string report_csv(const ReplayReport& report) {
     for (std::size_t route = 0; route < kRouteCount; ++route) {
       all.bytes[route] = run.stats.routes[route].submitted_bytes;
     }
-    append_row(text, run, "all", quality.overall, all, &run.stats);
+    all.prefetch = run.stats.prefetch;
+    all.verification = run.stats.verification;
+    all.metadata_bytes = run.stats.metadata_bytes;
+    append_row(text, run, "all", quality.overall, all, &run.stats.tiers);
     for (std::size_t layer = 0; layer < quality.layers.size(); ++layer) {
       append_row(text, run, fmt::format("{}", report.trace->layers()[layer].number),
                  quality.layers[layer], run.layers[layer], nullptr);
