@@ -38,11 +38,21 @@ struct ThirdParty {
 };
 // A home of "" is every folder. Matched in this order, by the beginning of the included path.
 constexpr ThirdParty kThirdParty[] = {
-    {"fmt/", ""},           {"hwloc", "memory"},    {"tbb/", "kernels"},
-    {"oneapi/", "kernels"}, {"hwy/", "kernels"},    {"xxhash", "kernels"},
-    {"cuda", "kernels"},    {"cub/", "kernels"},    {"liburing", "transfer"},
-    {"CLI/", "tools"},      {"nlohmann/", "tools"}, {"openssl/", "tools"},
-    {"gtest/", "tests"},    {"gmock/", "tests"},
+    {"fmt/", ""},
+    {"hwloc", "memory"},
+    {"tbb/", "kernels"},
+    {"oneapi/", "kernels"},
+    {"hwy/", "kernels"},
+    {"xxhash", "kernels"},
+    {"sanitizer/", "kernels"},
+    {"cuda", "kernels"},
+    {"cub/", "kernels"},
+    {"liburing", "transfer"},
+    {"CLI/", "tools"},
+    {"nlohmann/", "tools"},
+    {"openssl/", "tools"},
+    {"gtest/", "tests"},
+    {"gmock/", "tests"},
 };
 
 // Headers of the system: C++'s own have neither dot nor slash.

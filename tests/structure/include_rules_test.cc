@@ -80,6 +80,7 @@ TEST(IncludeRules, WrongEdgesAreCaught) {
       {"selectors/oracle.cc", "<tbb/parallel_for.h>"},
       {"selectors/oracle.cc", "<oneapi/tbb.h>"},
       {"transfer/link.cc", "<hwy/highway.h>"},
+      {"transfer/link.cc", "<sanitizer/tsan_interface.h>"},
       {"transfer/link.cc", "<xxhash.h>"},
       {"transfer/link.cc", "<cuda_runtime.h>"},
       {"runtime/runtime.cc", "<liburing/io_uring.h>"},
