@@ -25,6 +25,7 @@ struct RuntimeOptions {
   std::uint32_t layers = 1;
   std::uint32_t query_heads = 8;
   SoftmaxOptions softmax;
+  RopeOptions rope;  ///< For selectors that un-rotate keys; unknown by default.
   /// [layers, query_heads]; empty for models without attention sinks as logits.
   std::vector<float> sink_logits;
 

@@ -95,12 +95,15 @@ SelectorShape make_selector_shape(const RuntimeOptions& options) {
           .heads_per_group = options.block.kv_heads_per_block,
           .queries_per_kv_head = options.query_heads / options.block.kv_heads,
           .head_dim = options.block.head_dim,
+          .value_dim = options.block.value_dim,
           .tokens_per_block = options.block.tokens_per_block,
           .sinks = options.sinks,
           .window = options.window,
           .softmax = options.softmax,
+          .rope = options.rope,
           .reduction = options.reduction,
           .seed = options.seed,
+          .layers = options.layers,
           .tokens_max = options.tokens_max};
 }
 

@@ -37,6 +37,8 @@ struct TokenRows {
   std::size_t value_token_stride = 0;
   std::size_t value_head_stride = 0;
   std::uint32_t tokens = 0;
+  /// [tokens] bits of `kEndsSentence` and `kIsLandmark`, or null; the same in every layer.
+  const std::uint8_t* marks = nullptr;
 };
 
 /// One layer's question: attention of the last `query_count` tokens over what is selected.

@@ -63,11 +63,16 @@ Status Sequence::append(LayerIndex layer, const TokenRows& rows) {
     if (s.tokens[layer.value] > before + done) done += count;
   }
   if (done > 0) {
-    s.selectors[layer.value]->append({.data = rows.keys,
-                                      .first_position = before,
+    s.selectors[layer.value]->append({.first_position = before,
                                       .tokens = done,
-                                      .token_stride_bytes = rows.key_token_stride,
-                                      .head_stride_bytes = rows.key_head_stride});
+                                      .keys = rows.keys,
+                                      .key_token_stride = rows.key_token_stride,
+                                      .key_head_stride = rows.key_head_stride,
+                                      .values = rows.values,
+                                      .value_token_stride = rows.value_token_stride,
+                                      .value_head_stride = rows.value_head_stride,
+                                      .marks = rows.marks});
+    s.remember_marks(rows, before, done);
   }
   const Status settled = runtime.host->settle();
   runtime.record(Track::kAppend, "append", start, runtime.now(),
@@ -226,7 +231,7 @@ Status Sequence::State::prepare_extent(ExtentId extent, std::uint32_t first_cut)
   return {};
 }
 
-// Some selectors cannot give back single tokens of what they have condensed: those see the keys
+// Some selectors cannot give back single tokens of what they have condensed: those see the tokens
 // behind their floor once more.
 void Sequence::State::cut_selector(LayerIndex layer, std::uint32_t tokens_left) {
   Selector& selector = *selectors[layer.value];
@@ -235,24 +240,43 @@ void Sequence::State::cut_selector(LayerIndex layer, std::uint32_t tokens_left) 
   tokens[layer.value] = tokens_left;
   selector.truncate(floor);
   if (floor == tokens_left) return;
-  const std::size_t row = layout.key_row_bytes();
-  std::vector<std::byte> keys((tokens_left - floor) * layout.kv_heads() * row);
-  std::byte* target = keys.data();
+  const std::size_t key_row = layout.key_row_bytes();
+  const std::size_t value_row = layout.value_row_bytes();
+  const std::size_t rows = (tokens_left - floor) * layout.kv_heads();
+  std::vector<std::byte> keys(rows * key_row);
+  std::vector<std::byte> values(rows * value_row);
+  std::byte* key = keys.data();
+  std::byte* value = values.data();
   for (std::uint32_t position = floor; position < tokens_left; ++position) {
+    const std::uint32_t in_block = position % layout.tokens_per_block();
     for (const Stream& stream : streams_of(layer)) {
       const BlockId block = block_id(stream, layout.block_of_token(position));
       const std::byte* source = runtime.map->address(runtime.map->find(block));
-      for (std::uint32_t head = 0; head < layout.heads_per_block(); ++head, target += row) {
-        std::memcpy(target, source + layout.key_offset(head, position % layout.tokens_per_block()),
-                    row);
+      for (std::uint32_t head = 0; head < layout.heads_per_block(); ++head) {
+        std::memcpy(key, source + layout.key_offset(head, in_block), key_row);
+        std::memcpy(value, source + layout.value_offset(head, in_block), value_row);
+        key += key_row;
+        value += value_row;
       }
     }
   }
-  selector.append({.data = keys.data(),
-                   .first_position = floor,
+  selector.append({.first_position = floor,
                    .tokens = tokens_left - floor,
-                   .token_stride_bytes = layout.kv_heads() * row,
-                   .head_stride_bytes = row});
+                   .keys = keys.data(),
+                   .key_token_stride = layout.kv_heads() * key_row,
+                   .key_head_stride = key_row,
+                   .values = values.data(),
+                   .value_token_stride = layout.kv_heads() * value_row,
+                   .value_head_stride = value_row,
+                   .marks = marks.empty() ? nullptr : marks.data() + floor});
+}
+
+// Marks belong to tokens: every layer brings the same, and the first that does is believed.
+void Sequence::State::remember_marks(const TokenRows& rows, std::uint32_t first,
+                                     std::uint32_t count) {
+  if (rows.marks == nullptr) return;
+  if (marks.empty()) marks.resize(runtime.options.tokens_max);
+  std::copy_n(rows.marks, count, marks.begin() + first);
 }
 
 void Sequence::State::end_cut() {

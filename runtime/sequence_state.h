@@ -48,6 +48,7 @@ struct Sequence::State {
   std::vector<Stream> streams;  ///< [layers][head groups]
   std::vector<std::unique_ptr<Selector>> selectors;
   std::vector<std::uint32_t> tokens;  ///< Per layer.
+  std::vector<std::uint8_t> marks;    ///< By position; empty while nobody has given any.
   bool closed = false;
 
   // Scratch of a step; grown at most to the longest sequence.
@@ -91,6 +92,7 @@ struct Sequence::State {
   Status prepare_cut(Stream& stream, std::uint32_t tokens_left);
   Status prepare_block(BlockId block);
   Status prepare_extent(ExtentId extent, std::uint32_t first_cut);
+  void remember_marks(const TokenRows& rows, std::uint32_t first, std::uint32_t count);
   void cut_selector(LayerIndex layer, std::uint32_t tokens_left);
   void cut(Stream& stream, std::uint32_t tokens_left);
   void end_cut();

@@ -13,38 +13,36 @@ LandmarkRows::LandmarkRows(const SelectorShape& shape, std::uint32_t group_token
       groups_max_(shape.tokens_max / group_tokens + 1),
       row_bytes_(shape.head_dim * size_of(shape.dtype)),
       tokens_(shape.tokens_max),
-      means_(std::make_unique_for_overwrite<std::byte[]>(std::size_t{shape.kv_heads} * groups_max_ *
-                                                         row_bytes_)),
+      means_(std::size_t{shape.kv_heads} * groups_max_ * row_bytes_),
       cosines_(std::size_t{shape.head_groups()} * groups_max_),
       recent_keep_((shape.window + group_tokens - 1) / group_tokens * group_tokens),
       recent_capacity_(recent_keep_ + 4 * group_tokens),
-      recent_(std::make_unique_for_overwrite<std::byte[]>(std::size_t{shape.kv_heads} *
-                                                          recent_capacity_ * row_bytes_)) {}
+      recent_(std::size_t{shape.kv_heads} * recent_capacity_ * row_bytes_) {}
 
-void LandmarkRows::append(const TokenKeys& keys) {
-  tokens_.append(keys);
+void LandmarkRows::append(const NewTokens& tokens) {
+  tokens_.append(tokens);
   const std::uint32_t end = tokens_.count();
   // In pieces that end where a group does, so that a group closes at the same moment whatever the
   // chunking, and its keys are then among the recent ones.
-  for (std::uint32_t t = keys.first_position; t < end;) {
+  for (std::uint32_t t = tokens.first_position; t < end;) {
     const std::uint32_t piece = std::min(end, (closed_ + 1) * group_tokens_) - t;
     if (t + piece > recent_begin_ + recent_capacity_) drop_oldest();
-    keep(keys, t, piece);
+    keep(tokens, t, piece);
     t += piece;
     if (t == (closed_ + 1) * group_tokens_) close_group();
   }
 }
 
-void LandmarkRows::keep(const TokenKeys& keys, std::uint32_t from, std::uint32_t count) {
-  const std::size_t source_row = from - keys.first_position;
+void LandmarkRows::keep(const NewTokens& tokens, std::uint32_t from, std::uint32_t count) {
+  const std::size_t source_row = from - tokens.first_position;
   for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
     const std::byte* source =
-        keys.data + head * keys.head_stride_bytes + source_row * keys.token_stride_bytes;
+        tokens.keys + head * tokens.key_head_stride + source_row * tokens.key_token_stride;
     std::byte* target =
-        recent_.get() +
+        recent_.data() +
         (std::size_t{head} * recent_capacity_ + (from - recent_begin_)) * row_bytes_;
     for (std::uint32_t t = 0; t < count; ++t) {
-      std::memcpy(target + t * row_bytes_, source + t * keys.token_stride_bytes, row_bytes_);
+      std::memcpy(target + t * row_bytes_, source + t * tokens.key_token_stride, row_bytes_);
     }
   }
 }
@@ -57,7 +55,7 @@ void LandmarkRows::drop_oldest() {
   const std::uint32_t dropped = begin - recent_begin_;
   const std::uint32_t kept = recent_capacity_ - dropped;
   for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
-    std::byte* first = recent_.get() + std::size_t{head} * recent_capacity_ * row_bytes_;
+    std::byte* first = recent_.data() + std::size_t{head} * recent_capacity_ * row_bytes_;
     std::memmove(first, first + dropped * row_bytes_, kept * row_bytes_);
   }
   recent_begin_ = begin;
@@ -124,17 +122,58 @@ std::uint32_t LandmarkRows::tokens_in(std::uint32_t group) const {
 
 RowsView LandmarkRows::recent(std::uint32_t head, std::uint32_t begin, std::uint32_t end) const {
   begin = std::min(begin, end);
-  return {
-      recent_.get() + (std::size_t{head} * recent_capacity_ + (begin - recent_begin_)) * row_bytes_,
-      end - begin, shape_.head_dim, row_bytes_, shape_.dtype};
+  return {recent_.data() +
+              (std::size_t{head} * recent_capacity_ + (begin - recent_begin_)) * row_bytes_,
+          end - begin, shape_.head_dim, row_bytes_, shape_.dtype};
 }
 
-std::byte* LandmarkRows::mean(std::uint32_t head, std::uint32_t group) const {
-  return means_.get() + (std::size_t{head} * groups_max_ + group) * row_bytes_;
+std::size_t LandmarkRows::mean_offset(std::uint32_t head, std::uint32_t group) const {
+  return (std::size_t{head} * groups_max_ + group) * row_bytes_;
+}
+
+std::byte* LandmarkRows::mean(std::uint32_t head, std::uint32_t group) {
+  return means_.data() + mean_offset(head, group);
 }
 
 RowsView LandmarkRows::rows(std::uint32_t head, std::uint32_t first, std::uint32_t count) const {
-  return {mean(head, first), count, shape_.head_dim, row_bytes_, shape_.dtype};
+  return {means_.data() + mean_offset(head, first), count, shape_.head_dim, row_bytes_,
+          shape_.dtype};
+}
+
+void LandmarkRows::save(StateWriter& writer) const {
+  tokens_.save(writer);
+  writer.put(closed_);
+  writer.put(recent_begin_);
+  const std::size_t recent_tokens = tokens_.count() - recent_begin_;
+  for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
+    writer.put_array(means_.part(mean_offset(head, 0), closed_ * row_bytes_));
+    writer.put_array(recent_.part(std::size_t{head} * recent_capacity_ * row_bytes_,
+                                  recent_tokens * row_bytes_));
+  }
+  for (std::uint32_t i = 0; i < shape_.head_groups(); ++i) writer.put_array(cosines(i));
+}
+
+Status LandmarkRows::restore(StateReader& reader) {
+  KVTIER_RETURN_IF_ERROR(tokens_.restore(reader));
+  KVTIER_RETURN_IF_ERROR(reader.get(closed_));
+  KVTIER_RETURN_IF_ERROR(reader.get(recent_begin_));
+  const std::uint32_t count = tokens_.count();
+  if (closed_ != count / group_tokens_ || recent_begin_ > closed_ * group_tokens_ ||
+      count - recent_begin_ > recent_capacity_) {
+    return corrupt(fmt::format("selector state: found {} groups and keys from {} of {} tokens",
+                               closed_, recent_begin_, count));
+  }
+  for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
+    KVTIER_RETURN_IF_ERROR(
+        reader.get_exactly(means_.part(mean_offset(head, 0), closed_ * row_bytes_)));
+    KVTIER_RETURN_IF_ERROR(reader.get_exactly(recent_.part(
+        std::size_t{head} * recent_capacity_ * row_bytes_, (count - recent_begin_) * row_bytes_)));
+  }
+  for (std::uint32_t i = 0; i < shape_.head_groups(); ++i) {
+    KVTIER_RETURN_IF_ERROR(
+        reader.get_exactly(std::span(cosines_).subspan(std::size_t{i} * groups_max_, closed_)));
+  }
+  return {};
 }
 
 std::size_t LandmarkRows::metadata_bytes() const {

@@ -28,9 +28,11 @@ class LandmarkRows {
  public:
   LandmarkRows(const SelectorShape& shape, std::uint32_t group_tokens);
 
-  void append(const TokenKeys& keys);
+  void append(const NewTokens& tokens);
   void truncate(std::uint32_t position);
   std::uint32_t truncate_floor(std::uint32_t position) const;
+  void save(StateWriter& writer) const;
+  Status restore(StateReader& reader);
 
   /// Writes the mean of the open group as far as it has come behind the closed rows.
   void average_open_group();
@@ -53,13 +55,14 @@ class LandmarkRows {
   std::size_t metadata_bytes() const;
 
  private:
-  void keep(const TokenKeys& keys, std::uint32_t from, std::uint32_t count);
+  void keep(const NewTokens& tokens, std::uint32_t from, std::uint32_t count);
   void drop_oldest();
   void close_group();
   void average(std::uint32_t head, std::uint32_t group, std::uint32_t end);
   std::uint32_t first_token(std::uint32_t group) const;
   RowsView recent(std::uint32_t head, std::uint32_t begin, std::uint32_t end) const;
-  std::byte* mean(std::uint32_t head, std::uint32_t group) const;
+  std::size_t mean_offset(std::uint32_t head, std::uint32_t group) const;
+  std::byte* mean(std::uint32_t head, std::uint32_t group);
 
   SelectorShape shape_;
   std::uint32_t group_tokens_;
@@ -67,12 +70,12 @@ class LandmarkRows {
   std::size_t row_bytes_;
   SeenTokens tokens_;
   std::uint32_t closed_ = 0;
-  std::unique_ptr<std::byte[]> means_;  ///< [KV heads, groups_max, head_dim]
-  std::vector<float> cosines_;          ///< [head groups, groups_max]
-  std::uint32_t recent_keep_;           ///< Tokens that `drop_oldest` leaves, at least.
+  FixedArray<std::byte> means_;  ///< [KV heads, groups_max, head_dim]
+  std::vector<float> cosines_;   ///< [head groups, groups_max]
+  std::uint32_t recent_keep_;    ///< Tokens that `drop_oldest` leaves, at least.
   std::uint32_t recent_capacity_;
-  std::uint32_t recent_begin_ = 0;       ///< First token kept; a multiple of `group_tokens`.
-  std::unique_ptr<std::byte[]> recent_;  ///< [KV heads, recent_capacity, head_dim]
+  std::uint32_t recent_begin_ = 0;  ///< First token kept; a multiple of `group_tokens`.
+  FixedArray<std::byte> recent_;    ///< [KV heads, recent_capacity, head_dim]
 };
 
 }  // namespace kvtier

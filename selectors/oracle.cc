@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <numeric>
 
 namespace kvtier {
 namespace {
@@ -27,20 +28,19 @@ class Oracle final : public Selector {
       : shape_(shape),
         tokens_(shape.tokens_max),
         row_bytes_(shape.head_dim * size_of(shape.dtype)),
-        keys_(std::make_unique_for_overwrite<std::byte[]>(std::size_t{shape.kv_heads} *
-                                                          shape.tokens_max * row_bytes_)),
+        keys_(std::size_t{shape.kv_heads} * shape.tokens_max * row_bytes_),
         logits_(shape, 1, shape.tokens_max),
         scores_(shape.tokens_max / shape.tokens_per_block + 1),
         head_scores_(scores_.size()),
         order_(scores_.size()) {}
 
-  void append(const TokenKeys& keys) override {
-    tokens_.append(keys);
+  void append(const NewTokens& tokens) override {
+    tokens_.append(tokens);
     for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
-      std::byte* target = key(head, keys.first_position);
-      const std::byte* source = keys.data + head * keys.head_stride_bytes;
-      for (std::uint32_t t = 0; t < keys.tokens; ++t) {
-        std::memcpy(target + t * row_bytes_, source + t * keys.token_stride_bytes, row_bytes_);
+      std::byte* target = key(head, tokens.first_position);
+      const std::byte* source = tokens.keys + head * tokens.key_head_stride;
+      for (std::uint32_t t = 0; t < tokens.tokens; ++t) {
+        std::memcpy(target + t * row_bytes_, source + t * tokens.key_token_stride, row_bytes_);
       }
     }
   }
@@ -66,6 +66,23 @@ class Oracle final : public Selector {
                    .far_budget_tokens = far_budget_tokens(shape_, request),
                    .band_tokens = request.band_tokens},
                   order_, selection[group]);
+      selection[group].mass = std::accumulate(scores.begin(), scores.end(), 0.0f);
+    }
+    return {};
+  }
+
+  std::unique_ptr<Selector> fork() const override { return std::make_unique<Oracle>(*this); }
+  void save(StateWriter& writer) const override {
+    tokens_.save(writer);
+    for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
+      writer.put_array(keys_.part(key_offset(head, 0), tokens_.count() * row_bytes_));
+    }
+  }
+  Status restore(StateReader& reader) override {
+    KVTIER_RETURN_IF_ERROR(tokens_.restore(reader));
+    for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
+      KVTIER_RETURN_IF_ERROR(
+          reader.get_exactly(keys_.part(key_offset(head, 0), tokens_.count() * row_bytes_)));
     }
     return {};
   }
@@ -75,8 +92,11 @@ class Oracle final : public Selector {
   }
 
  private:
+  std::size_t key_offset(std::uint32_t head, std::uint32_t position) const {
+    return (std::size_t{head} * shape_.tokens_max + position) * row_bytes_;
+  }
   std::byte* key(std::uint32_t head, std::uint32_t position) {
-    return keys_.get() + (std::size_t{head} * shape_.tokens_max + position) * row_bytes_;
+    return keys_.data() + key_offset(head, position);
   }
 
   /// One KV head at a time: the logits of all tokens are large, and their scratch is shared.
@@ -124,7 +144,7 @@ class Oracle final : public Selector {
   SelectorShape shape_;
   SeenTokens tokens_;
   std::size_t row_bytes_;
-  std::unique_ptr<std::byte[]> keys_;  ///< [KV heads, tokens_max, head_dim]
+  FixedArray<std::byte> keys_;  ///< [KV heads, tokens_max, head_dim]
   StepLogits logits_;
   std::vector<float> scores_;
   std::vector<float> head_scores_;
@@ -137,11 +157,14 @@ const SelectorFamily& oracle_family() {
   static const SelectorFamily kFamily = {
       .name = "oracle",
       .summary = "true attention mass from all keys: the best possible choice (measuring stick)",
-      .parameters = {},
-      .make = [](const SelectorParameters&) -> Result<SelectorFactory> {
-        return SelectorFactory([](const SelectorShape& shape, LayerIndex) {
+      .metadata = "2 head_dim B: every key",
+      .build_cost = "a copy",
+      .step_cost = "O(context * head_dim): exact logits",
+      .make = [](const SelectorRecipe&, SelectorFactory& factory) -> Status {
+        factory.make = [](const SelectorShape& shape, LayerIndex) {
           return Result<std::unique_ptr<Selector>>(std::make_unique<Oracle>(shape));
-        });
+        };
+        return {};
       }};
   return kFamily;
 }

@@ -26,7 +26,7 @@ class Random final : public Selector {
         scores_(shape.tokens_max / shape.tokens_per_block + 1),
         order_(scores_.size()) {}
 
-  void append(const TokenKeys& keys) override { tokens_.append(keys); }
+  void append(const NewTokens& tokens) override { tokens_.append(tokens); }
   void truncate(std::uint32_t position) override { tokens_.truncate(position); }
 
   Status select(const SelectRequest& request, std::span<GroupSelection> selection,
@@ -54,6 +54,10 @@ class Random final : public Selector {
     return {};
   }
 
+  std::unique_ptr<Selector> fork() const override { return std::make_unique<Random>(*this); }
+  void save(StateWriter& writer) const override { tokens_.save(writer); }
+  Status restore(StateReader& reader) override { return tokens_.restore(reader); }
+
   std::size_t metadata_bytes() const override { return 0; }
 
  private:
@@ -70,11 +74,14 @@ const SelectorFamily& random_family() {
   static const SelectorFamily kFamily = {
       .name = "random",
       .summary = "a seeded random choice, fresh at every step (baseline)",
-      .parameters = {},
-      .make = [](const SelectorParameters&) -> Result<SelectorFactory> {
-        return SelectorFactory([](const SelectorShape& shape, LayerIndex layer) {
+      .metadata = "0",
+      .build_cost = "0",
+      .step_cost = "O(blocks)",
+      .make = [](const SelectorRecipe&, SelectorFactory& factory) -> Status {
+        factory.make = [](const SelectorShape& shape, LayerIndex layer) {
           return Result<std::unique_ptr<Selector>>(std::make_unique<Random>(shape, layer));
-        });
+        };
+        return {};
       }};
   return kFamily;
 }

@@ -42,12 +42,6 @@ struct Cut {
   }
 };
 
-// Sinks, and the windows of all queries together.
-std::uint32_t always_attended(const SelectorShape& shape, const SelectRequest& request) {
-  return request.first_position + request.query_count -
-         FarRegion::of(shape, request.first_position).tokens();
-}
-
 }  // namespace
 
 FarRegion FarRegion::of(const SelectorShape& shape, std::uint32_t first_position) {
@@ -110,12 +104,40 @@ void rank_blocks(const RankInput& input, std::span<std::uint32_t> order, GroupSe
   }
 }
 
+std::uint32_t always_attended_tokens(const SelectorShape& shape, const SelectRequest& request) {
+  return request.first_position + request.query_count -
+         FarRegion::of(shape, request.first_position).tokens();
+}
+
+void rank_ranges(std::span<const RankedRange> best_first, std::uint32_t tokens_per_block,
+                 std::uint32_t far_budget_tokens, std::uint32_t band_tokens,
+                 GroupSelection& result) {
+  result.ranked.clear();
+  result.chosen = 0;
+  result.held = 0;
+  std::uint64_t left = std::uint64_t{far_budget_tokens} + band_tokens;
+  for (const RankedRange& range : best_first) {
+    for (std::uint32_t begin = range.begin; begin < range.end && left > 0;) {
+      const std::uint32_t block = begin / tokens_per_block;
+      std::uint64_t take = std::min(range.end, (block + 1) * tokens_per_block) - begin;
+      // Two cuts: where the budget ends, and where the band does.
+      const std::uint64_t of_budget = left > band_tokens ? left - band_tokens : 0;
+      take = std::min(take, of_budget > 0 ? of_budget : left);
+      result.ranked.push_back({BlockIndex(block), begin - block * tokens_per_block,
+                               static_cast<std::uint32_t>(take), range.score});
+      if (of_budget > 0) ++result.chosen;
+      begin += static_cast<std::uint32_t>(take);
+      left -= take;
+    }
+  }
+}
+
 Status check_request(const SelectorShape& shape, const SelectRequest& request) {
   if (request.query_count == 0 || request.query_count > kMaxStepQueries) {
     return invalid_argument(fmt::format("select: {} queries in one step, expected 1 to {}",
                                         request.query_count, kMaxStepQueries));
   }
-  const std::uint32_t always = always_attended(shape, request);
+  const std::uint32_t always = always_attended_tokens(shape, request);
   if (request.budget_tokens < always) {
     return invalid_argument(
         fmt::format("select: a budget of {} tokens does not cover the {} always attended ({} sinks "
@@ -138,21 +160,23 @@ Status check_request(const SelectorShape& shape, const SelectRequest& request) {
 
 std::uint32_t far_budget_tokens(const SelectorShape& shape, const SelectRequest& request) {
   const FarRegion region = FarRegion::of(shape, request.first_position);
-  const std::uint32_t always = always_attended(shape, request);
+  const std::uint32_t always = always_attended_tokens(shape, request);
   KVTIER_CHECK(request.budget_tokens >= always, "a budget of {} tokens for {} always attended",
                request.budget_tokens, always);
   return std::min(request.budget_tokens - always, region.tokens());
 }
 
-void reserve_selection(const SelectorShape& shape, std::span<GroupSelection> selection) {
+void reserve_selection(const SelectorShape& shape, std::span<GroupSelection> selection,
+                       std::size_t units_max) {
   KVTIER_CHECK(selection.size() == shape.head_groups(), "{} selections for {} head groups",
                selection.size(), shape.head_groups());
   const std::size_t blocks_max = shape.tokens_max / shape.tokens_per_block + 1;
   for (GroupSelection& group : selection) {
     group.ranked.clear();
-    group.ranked.reserve(blocks_max);
+    group.ranked.reserve(units_max == 0 ? blocks_max : units_max);
     group.chosen = 0;
     group.held = 0;
+    group.mass = 0.0f;
   }
 }
 

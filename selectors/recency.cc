@@ -18,7 +18,7 @@ class Recency final : public Selector {
         scores_(shape.tokens_max / shape.tokens_per_block + 1),
         order_(scores_.size()) {}
 
-  void append(const TokenKeys& keys) override { tokens_.append(keys); }
+  void append(const NewTokens& tokens) override { tokens_.append(tokens); }
   void truncate(std::uint32_t position) override { tokens_.truncate(position); }
 
   Status select(const SelectRequest& request, std::span<GroupSelection> selection,
@@ -43,6 +43,10 @@ class Recency final : public Selector {
     return {};
   }
 
+  std::unique_ptr<Selector> fork() const override { return std::make_unique<Recency>(*this); }
+  void save(StateWriter& writer) const override { tokens_.save(writer); }
+  Status restore(StateReader& reader) override { return tokens_.restore(reader); }
+
   std::size_t metadata_bytes() const override { return 0; }
 
  private:
@@ -58,11 +62,14 @@ const SelectorFamily& recency_family() {
   static const SelectorFamily kFamily = {
       .name = "recency",
       .summary = "the newest blocks before the window (baseline)",
-      .parameters = {},
-      .make = [](const SelectorParameters&) -> Result<SelectorFactory> {
-        return SelectorFactory([](const SelectorShape& shape, LayerIndex) {
+      .metadata = "0",
+      .build_cost = "0",
+      .step_cost = "O(blocks)",
+      .make = [](const SelectorRecipe&, SelectorFactory& factory) -> Status {
+        factory.make = [](const SelectorShape& shape, LayerIndex) {
           return Result<std::unique_ptr<Selector>>(std::make_unique<Recency>(shape));
-        });
+        };
+        return {};
       }};
   return kFamily;
 }

@@ -1,6 +1,9 @@
 #pragma once
 
 #include "selectors/selector.h"
+#include "selectors/selector_state.h"
+
+#include <fmt/format.h>
 
 #include <cstdint>
 
@@ -11,12 +14,12 @@ class SeenTokens {
  public:
   explicit SeenTokens(std::uint32_t most) : most_(most) {}
 
-  void append(const TokenKeys& keys) {
-    KVTIER_CHECK(keys.first_position == count_, "keys from position {}, expected {}",
-                 keys.first_position, count_);
-    KVTIER_CHECK(keys.tokens <= most_ - count_, "{} and {} more tokens, at most {}", count_,
-                 keys.tokens, most_);
-    count_ += keys.tokens;
+  void append(const NewTokens& tokens) {
+    KVTIER_CHECK(tokens.first_position == count_, "tokens from position {}, expected {}",
+                 tokens.first_position, count_);
+    KVTIER_CHECK(tokens.tokens <= most_ - count_, "{} and {} more tokens, at most {}", count_,
+                 tokens.tokens, most_);
+    count_ += tokens.tokens;
   }
   void truncate(std::uint32_t position) {
     KVTIER_CHECK(position <= count_, "cut at {} of {} tokens", position, count_);
@@ -26,6 +29,14 @@ class SeenTokens {
   void check_covers(FarRegion region) const {
     KVTIER_CHECK(region.end <= count_, "tokens to {} are to be ranked, {} were appended",
                  region.end, count_);
+  }
+
+  void save(StateWriter& writer) const { writer.put(count_); }
+  Status restore(StateReader& reader) {
+    KVTIER_RETURN_IF_ERROR(reader.get(count_));
+    if (count_ <= most_) return {};
+    return corrupt(
+        fmt::format("selector state: found {} tokens, expected at most {}", count_, most_));
   }
 
   std::uint32_t count() const { return count_; }

@@ -18,14 +18,14 @@ Status StepLogits::compute(const SelectRequest& request, std::uint32_t first_hea
   const std::size_t dim = shape_.head_dim;
   queries_ = request.query_count * per_query;
   if (queries_ > queries_max_) {
-    packed_ = std::make_unique_for_overwrite<float[]>(tasks_.size() * queries_ * dim);
-    logits_ = std::make_unique_for_overwrite<float[]>(tasks_.size() * queries_ * row_stride_);
+    packed_ = FixedArray<float>(tasks_.size() * queries_ * dim);
+    logits_ = FixedArray<float>(tasks_.size() * queries_ * row_stride_);
     queries_max_ = queries_;
   }
   for (std::size_t i = 0; i < rows.size(); ++i) {
     // Together they are scored in one pass over the rows, so the steps' queries of a head must be
     // evenly spaced, which they are not in the request: other heads lie between them.
-    float* packed = packed_.get() + i * queries_ * dim;
+    float* packed = packed_.data() + i * queries_ * dim;
     for (std::size_t q = 0; q < request.query_count; ++q) {
       const float* source =
           request.queries + q * request.query_stride + (first_head + i) * per_query * dim;

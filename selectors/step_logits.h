@@ -29,11 +29,11 @@ class StepLogits {
 
   /// Logits of KV head `first_head + i`: row `query * queries_per_kv_head + query head`.
   std::span<float> row(std::size_t i, std::uint32_t row, std::size_t rows) {
-    return {logits_.get() + (i * queries_ + row) * row_stride_, rows};
+    return {logits_.data() + (i * queries_ + row) * row_stride_, rows};
   }
   /// All rows of that head, `row_stride()` apart.
   std::span<float> all_rows(std::size_t i) {
-    return {logits_.get() + i * queries_ * row_stride_, queries_ * row_stride_};
+    return {logits_.data() + i * queries_ * row_stride_, queries_ * row_stride_};
   }
   std::size_t row_stride() const { return row_stride_; }
 
@@ -43,8 +43,8 @@ class StepLogits {
   std::vector<ScoreTask> tasks_;
   std::size_t queries_ = 0;      ///< Rows of logits per KV head in this step.
   std::size_t queries_max_ = 0;  ///< What there is room for.
-  std::unique_ptr<float[]> packed_;
-  std::unique_ptr<float[]> logits_;
+  FixedArray<float> packed_;
+  FixedArray<float> logits_;
 };
 
 /// False if one is infinite or not a number: finite inputs can still overflow.

@@ -10,6 +10,9 @@ Context::Context(const SelectorShape& shape, std::uint32_t tokens, std::uint64_t
     : shape_(shape),
       tokens_(tokens),
       keys_(std::size_t{tokens} * shape.kv_heads * row_bytes()),
+      values_(std::size_t{tokens} * shape.kv_heads * value_bytes()),
+      marks_(tokens),
+      external_(std::size_t{tokens} * shape.head_groups()),
       query_stride_(std::size_t{shape.query_heads()} * shape.head_dim + 5) {
   std::mt19937_64 random(seed);
   // Not std::normal_distribution: its values differ between libraries.
@@ -27,14 +30,41 @@ Context::Context(const SelectorShape& shape, std::uint32_t tokens, std::uint64_t
               static_cast<std::uint32_t>(i % shape.head_dim), value);
     }
   }
+  for (std::size_t i = 0; i < std::size_t{tokens} * shape.kv_heads * shape.value_dim; ++i) {
+    store_element(values_.data(), shape.dtype, i, uniform());
+  }
+  for (std::uint8_t& mark : marks_) {
+    mark = random() % 9 == 0 ? kEndsSentence : 0;
+    if (random() % 16 == 0) mark |= kIsLandmark;
+  }
+  for (float& score : external_) score = uniform();
 }
 
-TokenKeys Context::keys(std::uint32_t first, std::uint32_t count) const {
-  return {.data = keys_.data() + std::size_t{first} * shape_.kv_heads * row_bytes(),
-          .first_position = first,
+NewTokens Context::keys(std::uint32_t first, std::uint32_t count) const {
+  return {.first_position = first,
           .tokens = count,
-          .token_stride_bytes = shape_.kv_heads * row_bytes(),
-          .head_stride_bytes = row_bytes()};
+          .keys = keys_.data() + std::size_t{first} * shape_.kv_heads * row_bytes(),
+          .key_token_stride = shape_.kv_heads * row_bytes(),
+          .key_head_stride = row_bytes(),
+          .values = values_.data() + std::size_t{first} * shape_.kv_heads * value_bytes(),
+          .value_token_stride = shape_.kv_heads * value_bytes(),
+          .value_head_stride = value_bytes(),
+          .marks = marks_.data() + first};
+}
+
+void Context::observe(Selector& selector, std::uint32_t first, std::uint32_t count) const {
+  // Eight different queries, over and over.
+  for (std::uint32_t t = first; t < first + count; ++t) {
+    selector.observe_prompt({.queries = queries_.data() + t % 8 * query_stride_,
+                             .query_stride = query_stride_,
+                             .positions = std::span(&t, 1)});
+  }
+}
+
+float Context::value(std::uint32_t token, std::uint32_t head, std::uint32_t element) const {
+  return load_element(
+      values_.data() + (std::size_t{token} * shape_.kv_heads + head) * value_bytes(), shape_.dtype,
+      element);
 }
 
 float Context::key(std::uint32_t token, std::uint32_t head, std::uint32_t element) const {
@@ -58,12 +88,20 @@ SelectRequest Context::request(std::uint32_t position, std::uint32_t budget, std
           .query_count = queries,
           .first_position = position,
           .budget_tokens = budget,
-          .band_tokens = band};
+          .band_tokens = band,
+          .external = {.scores = external_.data(), .group_stride = tokens_, .tokens = tokens_}};
+}
+
+SelectorResources resources() {
+  // Every other head streams, in any layer.
+  return {.head_classes = [](const std::string&) -> Result<HeadClasses> {
+    return HeadClasses{{8, {true, false, true, false, true, false, true, false}}};
+  }};
 }
 
 std::unique_ptr<Selector> make(std::string_view name, const SelectorShape& shape,
                                LayerIndex layer) {
-  auto factory = make_selector_factory(name);
+  auto factory = make_selector_factory(name, resources());
   EXPECT_TRUE(factory.ok()) << factory.status().to_string();
   auto selector = factory.value()(shape, layer);
   EXPECT_TRUE(selector.ok()) << selector.status().to_string();

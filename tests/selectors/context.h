@@ -1,5 +1,6 @@
 #pragma once
 
+#include "selectors/registry.h"
 #include "selectors/selector.h"
 
 #include <cstddef>
@@ -19,8 +20,12 @@ class Context {
   Context(const SelectorShape& shape, std::uint32_t tokens, std::uint64_t seed);
 
   std::uint32_t tokens() const { return tokens_; }
-  /// Keys of [first, first + count).
-  TokenKeys keys(std::uint32_t first, std::uint32_t count) const;
+  /// Keys, values and marks of [first, first + count). A sentence ends every few tokens.
+  NewTokens keys(std::uint32_t first, std::uint32_t count) const;
+  float value(std::uint32_t token, std::uint32_t head, std::uint32_t element) const;
+  std::uint8_t mark(std::uint32_t token) const { return marks_[token]; }
+  /// What the prompt tokens [first, first + count) looked for.
+  void observe(Selector& selector, std::uint32_t first, std::uint32_t count) const;
   /// As stored, that is rounded to the shape's type.
   float key(std::uint32_t token, std::uint32_t head, std::uint32_t element) const;
   void set_key(std::uint32_t token, std::uint32_t head, std::uint32_t element, float value);
@@ -33,14 +38,20 @@ class Context {
 
  private:
   std::size_t row_bytes() const { return shape_.head_dim * size_of(shape_.dtype); }
+  std::size_t value_bytes() const { return shape_.value_dim * size_of(shape_.dtype); }
 
   SelectorShape shape_;
   std::uint32_t tokens_;
-  std::vector<std::byte> keys_;  ///< [tokens, KV heads, head_dim]
+  std::vector<std::byte> keys_;    ///< [tokens, KV heads, head_dim]
+  std::vector<std::byte> values_;  ///< [tokens, KV heads, value_dim]
+  std::vector<std::uint8_t> marks_;
+  std::vector<float> external_;  ///< [head groups, tokens]
   std::vector<float> queries_;   ///< [8, query heads, head_dim], with a gap between queries
   std::size_t query_stride_;
 };
 
+/// Needs that the contexts of these tests meet: all of them.
+SelectorResources resources();
 /// A selector from the registry; fails the test when the name is refused.
 std::unique_ptr<Selector> make(std::string_view name, const SelectorShape& shape,
                                LayerIndex layer = LayerIndex(0));

@@ -32,20 +32,20 @@ TEST(Registry, RefusesBadNamesAndSaysWhatItKnows) {
            {"", "no valid name"},
            {"  ", "no valid name"},
            {"Landmark", "no valid name"},
-           {"landmark(", "parenthesis"},
-           {"landmark(tokens=8", "parenthesis"},
-           {"landmark)tokens=8(", "no valid name"},
+           {"landmark(", "parenthes"},
+           {"landmark(tokens=8", "parenthes"},
+           {"landmark)tokens=8(", "parenthes"},
            {"landmark(tokens=8)x", "parenthesis"},
            {"landmark(tokens)", "'tokens' has no '='"},
            {"landmark(tokens=)", "incomplete"},
            {"landmark(=8)", "incomplete"},
            {"landmark(tokens=8,)", "has no '='"},
            {"landmark(tokens=(8)", "parenthes"},
-           {"quest", "known: landmark, oracle, recency, random"},
+           {"quest", "known: mean, "},
            {"landmark(size=8)", "known: tokens, outliers"},
-           {"oracle(tokens=8)", "known: none"},
-           {"recency(x=1)", "known: none"},
-           {"random(seed=1)", "known: none"},
+           {"oracle(tokens=8)", "known: reduction"},
+           {"recency(x=1)", "known: reduction"},
+           {"random(seed=1)", "known: reduction"},
            {"landmark(tokens=8,tokens=4)", "given twice"},
            {"landmark(tokens=0)", "from 1 to 1024"},
            {"landmark(tokens=1025)", "from 1 to 1024"},
@@ -56,6 +56,11 @@ TEST(Registry, RefusesBadNamesAndSaysWhatItKnows) {
            {"landmark(outliers=-0.1)", "from 0 to 1"},
            {"landmark(outliers=nan)", "from 0 to 1"},
            {"landmark(outliers=0.1x)", "from 0 to 1"},
+           {"mean(reduction=most)", "expected one of max, sum, mean"},
+           {"mean(reduction=max,reduction=max)", "given twice"},
+           {"mean/oracle", "not a decorator"},
+           {"/mean", "no valid name"},
+           {"mean/", "no valid name"},
        }) {
     const auto factory = make_selector_factory(bad.text);
     ASSERT_FALSE(factory.ok()) << bad.text;
@@ -86,11 +91,67 @@ TEST(Registry, RefusesShapesThatCannotBe) {
 }
 
 TEST(Registry, ListsEveryFamilyWithALine) {
-  ASSERT_EQ(known_selectors().size(), 4u);
+  ASSERT_GE(known_selectors().size(), 4u);
   for (const SelectorListing& listing : known_selectors()) {
-    EXPECT_TRUE(make_selector_factory(listing.name).ok()) << listing.name;
+    const std::string name = listing.decorates ? listing.name + "/mean" : listing.name;
+    EXPECT_TRUE(make_selector_factory(name, testing::resources()).ok()) << name;
     EXPECT_FALSE(listing.summary.empty()) << listing.name;
+    EXPECT_FALSE(listing.metadata.empty()) << listing.name;
+    EXPECT_FALSE(listing.build_cost.empty()) << listing.name;
+    EXPECT_FALSE(listing.step_cost.empty()) << listing.name;
+    EXPECT_TRUE(listing.alias.empty() || make_selector_factory(listing.alias).ok());
+    EXPECT_TRUE(!listing.decorates || !make_selector_factory(listing.name).ok());
   }
+}
+
+TEST(Registry, TheReductionOfANameReplacesTheShapes) {
+  SelectorShape shape;
+  shape.queries_per_kv_head = 3;
+  shape.tokens_max = 300;
+  const testing::Context context(shape, 300, 5);
+  const auto scores = [&](const char* name) {
+    auto selector = testing::make(name, shape);
+    selector->append(context.keys(0, 300));
+    std::vector<float> scores;
+    const auto answer = testing::select(*selector, shape, context.request(299, 120));
+    for (const SelectedUnit& unit : answer[0].ranked) scores.push_back(unit.score);
+    return scores;
+  };
+  EXPECT_EQ(scores("mean"), scores("mean(reduction=sum)"));
+  EXPECT_NE(scores("mean"), scores("mean(reduction=max)"));
+  EXPECT_NE(scores("mean"), scores("mean(reduction=mean)"));
+  EXPECT_NE(scores("mean(reduction=max)"), scores("mean(reduction=mean)"));
+}
+
+TEST(Registry, SaysWhatIsMissing) {
+  const SelectorNeeds needed{.values = true, .prompt_queries = true, .rope = true};
+  EXPECT_EQ(missing_needs(needed, {.values = true}),
+            "prompt queries, the base of the rotary embedding (rope theta)");
+  EXPECT_EQ(missing_needs(needed, needed), "");
+}
+
+TEST(Reorder, BeamsGoOnWhereTheirParentsStood) {
+  SelectorShape shape;
+  shape.tokens_max = 300;
+  const testing::Context context(shape, 300, 5);
+  std::vector<std::unique_ptr<Selector>> beams;
+  for (std::uint32_t i = 0; i < 3; ++i) {
+    beams.push_back(testing::make("oracle", shape));
+    beams.back()->append(context.keys(0, 200 + i));
+  }
+  const std::size_t bytes[] = {beams[0]->metadata_bytes(), beams[1]->metadata_bytes(),
+                               beams[2]->metadata_bytes()};
+  const Selector* moved = beams[0].get();
+  reorder_selectors(beams, std::vector<std::uint32_t>{2, 2, 0, 2});
+  ASSERT_EQ(beams.size(), 4u);
+  EXPECT_EQ(beams[0]->metadata_bytes(), bytes[2]);
+  EXPECT_EQ(beams[1]->metadata_bytes(), bytes[2]);
+  EXPECT_EQ(beams[2]->metadata_bytes(), bytes[0]);
+  EXPECT_EQ(beams[2].get(), moved);
+  // Apart from now on.
+  beams[0]->append(context.keys(202, 5));
+  EXPECT_EQ(beams[1]->metadata_bytes(), bytes[2]);
+  EXPECT_EQ(beams[3]->metadata_bytes(), bytes[2]);
 }
 
 TEST(SplitNames, RespectsParentheses) {

@@ -9,11 +9,12 @@
 #include <algorithm>
 #include <limits>
 #include <memory>
+#include <numeric>
 
 namespace kvtier {
 namespace {
 
-struct LandmarkOptions {
+struct MeanOptions {
   /// Tokens per landmark, whatever the block size: ShadowKV's chunk of 8.
   std::uint32_t group_tokens = 8;
   /// Part of the far budget that outlier groups may take: ShadowKV holds 24 chunks of 8 tokens per
@@ -35,9 +36,9 @@ struct LandmarkOptions {
 /// The open last group is a landmark over the tokens it has when some of them are ranked (a window
 /// smaller than a group); left out, they would be found by nothing. It is never an outlier: its
 /// cosine still changes, and what is held should not flicker.
-class Landmark final : public Selector {
+class MeanLandmarks final : public Selector {
  public:
-  Landmark(const SelectorShape& shape, LandmarkOptions options)
+  MeanLandmarks(const SelectorShape& shape, MeanOptions options)
       : shape_(shape),
         options_(options),
         rows_(shape, options.group_tokens),
@@ -56,7 +57,7 @@ class Landmark final : public Selector {
     }
   }
 
-  void append(const TokenKeys& keys) override { rows_.append(keys); }
+  void append(const NewTokens& tokens) override { rows_.append(tokens); }
 
   void truncate(std::uint32_t position) override {
     rows_.truncate(position);
@@ -70,6 +71,15 @@ class Landmark final : public Selector {
 
   Status select(const SelectRequest& request, std::span<GroupSelection> selection,
                 WorkerPool& pool) override;
+
+  std::unique_ptr<Selector> fork() const override {
+    auto copy = std::make_unique<MeanLandmarks>(*this);
+    // A copied vector has room for what it holds only.
+    for (Group& group : copy->groups_) group.by_cosine.reserve(rows_.groups_max());
+    return copy;
+  }
+  void save(StateWriter& writer) const override { rows_.save(writer); }
+  Status restore(StateReader& reader) override { return rows_.restore(reader); }
 
   /// The order by cosine is left out: it is derived, and a device would keep only its marks.
   std::size_t metadata_bytes() const override { return rows_.metadata_bytes(); }
@@ -115,7 +125,7 @@ class Landmark final : public Selector {
   void spread_over_blocks(const Step& step, Group& group);
 
   SelectorShape shape_;
-  LandmarkOptions options_;
+  MeanOptions options_;
   LandmarkRows rows_;
   StepLogits logits_;
   std::vector<RowsView> views_;
@@ -124,8 +134,8 @@ class Landmark final : public Selector {
   std::vector<Group> groups_;
 };
 
-Status Landmark::select(const SelectRequest& request, std::span<GroupSelection> selection,
-                        WorkerPool& pool) {
+Status MeanLandmarks::select(const SelectRequest& request, std::span<GroupSelection> selection,
+                             WorkerPool& pool) {
   KVTIER_RETURN_IF_ERROR(check_request(shape_, request));
   reserve_selection(shape_, selection);
   const FarRegion region = FarRegion::of(shape_, request.first_position);
@@ -151,13 +161,13 @@ Status Landmark::select(const SelectRequest& request, std::span<GroupSelection> 
   for (std::size_t i = 0; i < groups_.size(); ++i) {
     if (groups_[i].finite) continue;
     return invalid_argument(
-        fmt::format("landmark: scores of head group {} at position {} overflow float32", i,
+        fmt::format("mean: scores of head group {} at position {} overflow float32", i,
                     request.first_position));
   }
   return {};
 }
 
-void Landmark::update_candidates(FarRegion region) {
+void MeanLandmarks::update_candidates(FarRegion region) {
   const std::uint32_t end = std::clamp(region.end / rows_.group_tokens(), first_candidate(),
                                        std::max(first_candidate(), rows_.closed()));
   forget_candidates(end);
@@ -165,7 +175,7 @@ void Landmark::update_candidates(FarRegion region) {
   candidates_end_ = end;
 }
 
-void Landmark::forget_candidates(std::uint32_t from) {
+void MeanLandmarks::forget_candidates(std::uint32_t from) {
   if (from >= candidates_end_) return;
   for (Group& group : groups_) {
     std::erase_if(group.by_cosine, [from](std::uint32_t i) { return i >= from; });
@@ -174,7 +184,7 @@ void Landmark::forget_candidates(std::uint32_t from) {
 }
 
 /// A step adds a group now and then, each put in its place; a prompt adds many, sorted at once.
-void Landmark::admit_candidates(Group& group, std::uint32_t head_group, std::uint32_t end) {
+void MeanLandmarks::admit_candidates(Group& group, std::uint32_t head_group, std::uint32_t end) {
   const std::span<const float> cosines = rows_.cosines(head_group);
   const auto worse = [cosines](std::uint32_t a, std::uint32_t b) {
     return cosines[a] != cosines[b] ? cosines[a] < cosines[b] : a < b;
@@ -189,7 +199,7 @@ void Landmark::admit_candidates(Group& group, std::uint32_t head_group, std::uin
   if (many) std::ranges::sort(group.by_cosine, worse);
 }
 
-void Landmark::select_group(const Step& step, std::uint32_t head_group) {
+void MeanLandmarks::select_group(const Step& step, std::uint32_t head_group) {
   Group& group = groups_[head_group];
   group.finite = true;
   mark_outliers(step, group);
@@ -205,9 +215,12 @@ void Landmark::select_group(const Step& step, std::uint32_t head_group) {
                .far_budget_tokens = step.far_budget,
                .band_tokens = step.request.band_tokens},
               group.order, step.selection[head_group]);
+  if (shape_.reduction != GroupReduction::kMean) {
+    step.selection[head_group].mass = std::accumulate(scores.begin(), scores.end(), 0.0f);
+  }
 }
 
-void Landmark::mark_outliers(const Step& step, Group& group) {
+void MeanLandmarks::mark_outliers(const Step& step, Group& group) {
   const std::span held(group.held_blocks.data(), step.blocks);
   std::ranges::fill(held, std::uint8_t{0});
   group.outliers = 0;
@@ -234,7 +247,7 @@ void Landmark::mark_outliers(const Step& step, Group& group) {
   }
 }
 
-void Landmark::score_landmarks(const Step& step, Group& group, std::uint32_t head_group) {
+void MeanLandmarks::score_landmarks(const Step& step, Group& group, std::uint32_t head_group) {
   const std::span scores(group.landmark_scores.data(), step.landmarks.size());
   const std::span head_scores(group.head_scores.data(), step.landmarks.size());
   std::ranges::fill(scores, 0.0f);
@@ -259,8 +272,8 @@ void Landmark::score_landmarks(const Step& step, Group& group, std::uint32_t hea
 }
 
 /// The scores of one query head: added over the step's queries.
-void Landmark::weigh_head(const Step& step, Group& group, std::size_t head,
-                          std::uint32_t query_head, std::span<float> target) {
+void MeanLandmarks::weigh_head(const Step& step, Group& group, std::size_t head,
+                               std::uint32_t query_head, std::span<float> target) {
   for (std::uint32_t q = 0; q < step.request.query_count; ++q) {
     const std::span<float> row =
         logits_.row(head, q * shape_.queries_per_kv_head + query_head, target.size());
@@ -280,7 +293,7 @@ void Landmark::weigh_head(const Step& step, Group& group, std::size_t head,
   }
 }
 
-void Landmark::spread_over_blocks(const Step& step, Group& group) {
+void MeanLandmarks::spread_over_blocks(const Step& step, Group& group) {
   const std::uint32_t per_group = rows_.group_tokens();
   const std::uint32_t per_block = shape_.tokens_per_block;
   const bool mean = shape_.reduction == GroupReduction::kMean;
@@ -304,21 +317,27 @@ void Landmark::spread_over_blocks(const Step& step, Group& group) {
 
 }  // namespace
 
-const SelectorFamily& landmark_family() {
+const SelectorFamily& mean_family() {
   static constexpr std::string_view kParameters[] = {"tokens", "outliers"};
   static const SelectorFamily kFamily = {
-      .name = "landmark",
-      .summary = "mean key per group of tokens, worst groups held (ShadowKV, 2410.21465)",
+      .name = "mean",
+      .alias = "landmark",
+      .summary = "mean key per group of tokens, worst groups held",
+      .source = "ShadowKV, 2410.21465",
       .parameters = kParameters,
-      .make = [](const SelectorParameters& parameters) -> Result<SelectorFactory> {
-        LandmarkOptions options;
+      .metadata = "(2 head_dim + 4) / tokens B, and the window's keys",
+      .build_cost = "O(head_dim)",
+      .step_cost = "O(context / tokens * head_dim)",
+      .make = [](const SelectorRecipe& recipe, SelectorFactory& factory) -> Status {
+        MeanOptions options;
         KVTIER_ASSIGN_OR_RETURN(options.group_tokens,
-                                parameters.integer("tokens", options.group_tokens, 1, 1024));
+                                recipe.parameters.integer("tokens", options.group_tokens, 1, 1024));
         KVTIER_ASSIGN_OR_RETURN(options.outliers,
-                                parameters.fraction("outliers", options.outliers));
-        return SelectorFactory([options](const SelectorShape& shape, LayerIndex) {
-          return Result<std::unique_ptr<Selector>>(std::make_unique<Landmark>(shape, options));
-        });
+                                recipe.parameters.fraction("outliers", options.outliers));
+        factory.make = [options](const SelectorShape& shape, LayerIndex) {
+          return Result<std::unique_ptr<Selector>>(std::make_unique<MeanLandmarks>(shape, options));
+        };
+        return {};
       }};
   return kFamily;
 }
