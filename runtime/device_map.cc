@@ -53,9 +53,9 @@ std::optional<SlotId> DeviceMap::open(BlockId id) { return take(id, ResidencyEve
 
 std::optional<SlotId> DeviceMap::reserve(BlockId id) { return take(id, ResidencyEvent::kReserve); }
 
-void DeviceMap::arrive(SlotId slot) {
+void DeviceMap::arrive(SlotId slot, Admission why) {
   advance(slot, ResidencyEvent::kArrive);
-  policy_->admit(slot.value, slots_[slot.value].block.value, Admission::kUsed);
+  policy_->admit(slot.value, slots_[slot.value].block.value, why);
 }
 
 void DeviceMap::fail(SlotId slot) {

@@ -38,7 +38,7 @@ class DeviceMap {
   std::optional<SlotId> open(BlockId id);
   std::optional<SlotId> reserve(BlockId id);
   /// The reserved bytes are in: readable from now on.
-  void arrive(SlotId slot);
+  void arrive(SlotId slot, Admission why = Admission::kUsed);
   /// The reserved bytes did not come: the slot is free again, whatever held it.
   void fail(SlotId slot);
   /// The open tail is full: readable and immutable.

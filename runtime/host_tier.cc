@@ -38,11 +38,16 @@ Status HostTier::make_room() {
 
 Status HostTier::out_of_frames() const {
   if (!disk_full_.ok()) return disk_full_;
+  const std::string frames = fmt::format(
+      "{} of {} host frames hold extents that have no copy on disk, {} are kept for reading",
+      table_.frames() - table_.frames_available(), table_.frames(), reading_frames_);
+  if (!write_failure_.ok()) {
+    return no_space(fmt::format("{}; {} writes to disk failed, the first with: {}", frames,
+                                counters_.disk_writes_failed, write_failure_.message()));
+  }
   return no_space(fmt::format(
-      "{} of {} host frames hold extents that have no copy on disk, {} are kept for reading, and "
-      "all {} places on disk are taken or out of reach; give the host or disk tier more capacity",
-      table_.frames() - table_.frames_available(), table_.frames(), reading_frames_,
-      table_.places()));
+      "{}, and {} of {} places on disk are taken; give the host or disk tier more capacity", frames,
+      table_.places_used(), table_.places()));
 }
 
 void HostTier::drop(ExtentId id) {
@@ -179,9 +184,11 @@ Status HostTier::settle() {
 }
 
 Status HostTier::complete(ExtentId id) {
-  KVTIER_RETURN_IF_ERROR(settle());
+  // What did not reach the frame is marked, and found again when it is read; the extent goes its
+  // way all the same, or its frame would never be free.
+  const Status settled = settle();
   table_.advance(id, HomeEvent::kComplete);
-  if (!table_.take_place(id)) return {};
+  if (!table_.take_place(id)) return settled;
   if (verify_ == VerifyMode::kAll) {
     for (std::uint32_t place = 0; place < layout_.blocks_per_extent(); ++place) {
       const BlockId block = layout_.block_id(id, place);
@@ -200,7 +207,7 @@ Status HostTier::complete(ExtentId id) {
   }
   table_.advance(id, HomeEvent::kStartWrite);
   table_.unhold_frame(id);
-  return disk_full_;
+  return settled.ok() ? disk_full_ : settled;
 }
 
 Status HostTier::submit_write(ExtentId id) {
@@ -259,7 +266,7 @@ BlockCheck HostTier::check(BlockId id, const std::byte* bytes) const {
 Status HostTier::verify_arrival(ExtentId id) {
   if (verify_ == VerifyMode::kNone) return {};
   const Extent& extent = table_.row(id);
-  const Status header = table_.header(id).verify();
+  const Status header = table_.header(id).verify(extent.owner.layer, extent.owner.head_group);
   if (!header.ok()) {
     counters_.verification.mismatched += extent.sealed;
     return header;
@@ -357,12 +364,15 @@ BlockFailure HostTier::describe(BlockId id, Tier tier, StatusCode code, const Bl
                        .checksum_expected = check.expected,
                        .checksum_found = check.found,
                        .message = {}};
+  // An I/O error or a foreign header leaves no checksum to compare.
+  const std::string checksums =
+      check.ok
+          ? ""
+          : fmt::format("checksum expected {:016x}, found {:016x}: ", check.expected, check.found);
   failure.message = fmt::format(
-      "{}: block {} of layer {}, head group {}, generation {}, origin {:016x}{:016x}: checksum "
-      "expected {:016x}, found {:016x}: {}",
+      "{}: block {} of layer index {}, head group {}, generation {}, origin {:016x}{:016x}: {}{}",
       to_string(tier), identity.index.value, identity.layer.value, identity.head_group.value,
-      generation.value, identity.origin.high, identity.origin.low, check.expected, check.found,
-      reason);
+      generation.value, identity.origin.high, identity.origin.low, checksums, reason);
   return failure;
 }
 
@@ -384,8 +394,14 @@ void HostTier::reopen(ExtentId id, std::uint32_t first_cut) {
   if (extent.state == HomeState::kBoth) table_.hold_frame(id);
   table_.advance(id, HomeEvent::kReopen);
   table_.give_back_place(id);
+  // The header may be that of another extent of this layer and head group, read in the place of
+  // this one: what it says of damaged blocks is not carried on.
   ExtentHeader header = table_.header(id);
-  for (std::uint32_t place = first_cut; place < extent.sealed; ++place) header.clear_entry(place);
+  for (std::uint32_t place = 0; place < extent.sealed; ++place) {
+    if (place >= first_cut || table_.is_damaged(layout_.block_id(id, place))) {
+      header.clear_entry(place);
+    }
+  }
   extent.sealed = std::min(extent.sealed, first_cut);
   if (extent.prefetched) counters_.prefetch.useful_bytes += layout_.extent_bytes();
   extent.prefetched = false;

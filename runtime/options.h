@@ -18,6 +18,13 @@ enum class VerifyMode : unsigned char {
   kNone,      ///< Nothing: for tests that must fail without verification. No tool offers it.
 };
 
+/// What becomes of the tokens that a step does not attend, where the selector can estimate them.
+enum class EstimateRest : unsigned char {
+  kMeasured,  ///< Estimated in the query heads where sampled steps show that it helps.
+  kAlways,
+  kNever,  ///< Left out: softmax over the attended tokens alone.
+};
+
 /// Everything a runtime is opened with. Behaviour first, sizes after.
 struct RuntimeOptions {
   // The model.
@@ -34,6 +41,10 @@ struct RuntimeOptions {
   GroupReduction reduction = GroupReduction::kSum;
   std::uint32_t sinks = 4;    ///< First tokens, always attended and held on the device.
   std::uint32_t window = 64;  ///< Last tokens, likewise.
+  EstimateRest estimate_rest = EstimateRest::kMeasured;
+  /// Most steps of a layer from one that is measured to the next; what a measurement reads is all
+  /// of the layer, so it costs as much as full attention.
+  std::uint32_t measure_interval_max = 256;
 
   // How it moves.
   std::string eviction = "lrfu";  ///< For device slots and host frames; see `make_eviction_policy`.

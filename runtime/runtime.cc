@@ -138,6 +138,7 @@ Result<std::unique_ptr<Runtime>> Runtime::open(const RuntimeOptions& options,
   KVTIER_ASSIGN_OR_RETURN(Region slab, environment.device->allocate_slab(slab_bytes));
   KVTIER_ASSIGN_OR_RETURN(Region frames, environment.device->allocate_frames(frame_bytes));
 
+  const RuntimeNeeds needs = compute_needs(options, layout);
   const auto slots = static_cast<std::uint32_t>(slab_bytes / layout.block_bytes());
   const auto frame_count = static_cast<std::uint32_t>(frame_bytes / layout.extent_bytes());
   KVTIER_ASSIGN_OR_RETURN(auto slot_policy, make_eviction_policy(options.eviction, slots));
@@ -170,6 +171,9 @@ Result<std::unique_ptr<Runtime>> Runtime::open(const RuntimeOptions& options,
   s.host = std::make_unique<HostTier>(HostTier::Parts{
       &s.layout, s.table.get(), s.map.get(), s.engine.get(), options.verify, &s.counters,
       places > 0 ? static_cast<std::uint32_t>(reading_frames(options, layout)) : 0});
+  const std::uint64_t spoken_for = needs.device_bytes / layout.block_bytes();
+  s.outliers_held_max =
+      static_cast<std::uint32_t>(slots - std::min<std::uint64_t>(slots, spoken_for));
   s.look_ahead = std::make_unique<LookAhead>(
       LookAhead::Parts{&s.layout, s.table.get(), s.map.get(), s.host.get(), &s.counters},
       LookAhead::Limits{.bytes_per_step = places > 0 ? options.look_ahead_bytes : 0,
@@ -235,6 +239,7 @@ RuntimeStats Runtime::stats() const {
   stats.metadata_bytes = s.metadata_bytes_peak;
   stats.steps = s.steps;
   stats.waves = s.wave_count;
+  stats.steps_measured = s.steps_measured;
   stats.disk_reads_repeated = s.counters.disk_reads_repeated;
   stats.disk_writes_failed = s.counters.disk_writes_failed;
   stats.slab = s.slab.stats();

@@ -41,6 +41,12 @@ struct TokenRows {
   const std::uint8_t* marks = nullptr;
 };
 
+/// Whose blocks the queries of one step attend.
+enum class QuerySelection : unsigned char {
+  kShared,  ///< One selection for all: a draft that is verified, a question's tokens.
+  kOwn,     ///< Each query selects for itself, as if they were asked one by one.
+};
+
 /// One layer's question: attention of the last `query_count` tokens over what is selected.
 struct StepRequest {
   LayerIndex layer;
@@ -48,8 +54,12 @@ struct StepRequest {
   /// `tokens - query_count + i` and sees every token up to and including its own.
   const float* queries = nullptr;
   std::uint32_t query_count = 1;
-  /// Tokens attended per head group: sinks, window and selected ones.
+  QuerySelection selection = QuerySelection::kShared;
+  /// Tokens attended per head group (and query, where each has its own selection): sinks, window
+  /// and selected ones.
   std::uint32_t budget_tokens = 0;
+  /// For selectors that rank by somebody else's scores.
+  ExternalScores external;
   float* out = nullptr;  ///< [query_count, query_heads, value_dim]; NaN after a failed step.
   float* lse = nullptr;  ///< [query_count, query_heads], natural log; NaN after a failed step.
 };
@@ -60,15 +70,24 @@ struct AttendedRange {
   BlockIndex block;
   std::uint32_t first_token = 0;  ///< Within the block.
   std::uint32_t tokens = 0;
+  static constexpr std::uint32_t kEveryQuery = 0xFFFFFFFF;
+  std::uint32_t query = kEveryQuery;  ///< Which of the step's queries attended it.
 };
 
 /// What a step did. Views into the sequence, valid until its next call.
 struct StepReport {
-  std::span<const AttendedRange> attended;  ///< By head group, then block.
+  std::span<const AttendedRange> attended;  ///< By query, head group, then block.
   std::span<const BlockFailure> failures;   ///< Empty when the step succeeded.
   std::uint32_t attended_tokens_max = 0;    ///< Largest head group.
   std::uint64_t attended_tokens_total = 0;  ///< Over the head groups.
   std::uint64_t metadata_bytes = 0;         ///< Of this layer's selector.
+  /// Rows of `out` (a query in a query head) that hold an estimate of what was not attended.
+  std::uint32_t rows_estimated = 0;
+  /// Everything was attended once, to measure whether estimates help.
+  bool measured_rest = false;
+  /// [query_count, query_heads, value_dim]: attention over the attended tokens alone; the step's
+  /// `out` itself where nothing was estimated.
+  const float* attended_out = nullptr;
   StepTiming timing;
 };
 
@@ -129,7 +148,9 @@ class Sequence {
   /// written through to its host frame, and to disk once its extent is complete. Any chunking gives
   /// the same state. Copies the rows; no allocation.
   /// `invalid_argument` beyond `tokens_max`; `no_space` when host and disk are full (nothing of
-  /// what was sealed is lost, the tokens before the refused block stay appended).
+  /// what was sealed is lost, the tokens before the refused block stay appended: `tokens` says how
+  /// many). `corrupt` when a sealed block did not reach its frame intact: all tokens are appended,
+  /// and the block is served from the device until it leaves, then named by the step that wants it.
   Status append(LayerIndex layer, const TokenRows& rows);
 
   /// Forgets the tokens from `tokens` on in every layer: a rejected draft, a retry. A sealed block
@@ -137,9 +158,21 @@ class Sequence {
   /// resident, and the call fails like a step if it cannot be had.
   Status truncate(std::uint32_t tokens);
 
+  /// Tells the layer's selector what prompt tokens looked for; before the steps that profit by it.
+  /// Positions ascend and are of tokens already appended. `invalid_argument` otherwise, or when a
+  /// query is not finite.
+  Status observe_prompt(LayerIndex layer, const PromptQueries& queries);
+
+  /// Guesses what a layer will ask: its selection for `guess` is promoted from disk to host within
+  /// the look-ahead budget of the step before. `out` and `lse` are not used; nothing is attended,
+  /// and no later answer changes. Does nothing without look-ahead.
+  Status hint(const StepRequest& guess);
+
   /// Selects, resolves, fetches and attends: `request.out` and `request.lse` hold exact attention
-  /// over the attended tokens. Residency changes only here and in `append`, as a function of the
-  /// calls. Waits for bytes that are on their way.
+  /// over the attended tokens, and, in the query heads where that has been measured to bring it
+  /// nearer to exact attention over everything, the selector's estimate of the rest. Residency
+  /// changes only here and in `append`, as a function of the calls. Waits for bytes that are on
+  /// their way.
   ///
   /// `corrupt` or `io_error` when a wanted block could not be had from any tier: `report->failures`
   /// names each one, out and lse are NaN, and the sequence goes on. `invalid_argument`: a query

@@ -42,6 +42,10 @@ struct Runtime::State {
   std::uint64_t metadata_bytes_peak = 0;
   std::uint64_t steps = 0;
   std::uint64_t wave_count = 0;
+  std::uint64_t steps_measured = 0;
+  /// Slots held for outliers, and how many may be.
+  std::uint32_t outliers_held = 0;
+  std::uint32_t outliers_held_max = 0;
   std::uint32_t sequences_open = 0;
   std::uint32_t sequences_made = 0;
   bool closed = false;

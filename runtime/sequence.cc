@@ -3,7 +3,9 @@
 #include "runtime/sequence_state.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <limits>
 
 namespace kvtier {
 
@@ -29,6 +31,9 @@ Result<std::unique_ptr<Sequence::State>> Sequence::State::make(Runtime::State& r
     }
   }
   state->selections.resize(layout.head_groups());
+  state->demands.assign(options.layers, std::numeric_limits<float>::quiet_NaN());
+  state->rest_choices.assign(options.layers,
+                             RestChoice(options.query_heads, options.measure_interval_max));
   return state;
 }
 
@@ -55,12 +60,15 @@ Status Sequence::append(LayerIndex layer, const TokenRows& rows) {
   const Duration start = runtime.now();
   Status status;
   std::uint32_t done = 0;
-  while (status.ok() && done < rows.tokens) {
+  while (done < rows.tokens) {
     const std::uint32_t room =
         runtime.layout.tokens_per_block() - (before + done) % runtime.layout.tokens_per_block();
     const std::uint32_t count = std::min(room, rows.tokens - done);
-    status = s.append_chunk(layer, rows, done, count);
+    const Status appended = s.append_chunk(layer, rows, done, count);
     if (s.tokens[layer.value] > before + done) done += count;
+    if (status.ok()) status = appended;
+    // Damage on the way down is marked and told; the tokens behind it still belong to the context.
+    if (!appended.ok() && appended.code() != StatusCode::kCorrupt) break;
   }
   if (done > 0) {
     s.selectors[layer.value]->append({.first_position = before,
@@ -78,6 +86,30 @@ Status Sequence::append(LayerIndex layer, const TokenRows& rows) {
   runtime.record(Track::kAppend, "append", start, runtime.now(),
                  done * runtime.layout.token_head_bytes() * runtime.layout.kv_heads());
   return status.ok() ? settled : status;
+}
+
+Status Sequence::observe_prompt(LayerIndex layer, const PromptQueries& queries) {
+  State& s = *state_;
+  KVTIER_CHECK(!s.closed && layer.value < s.runtime.options.layers, "layer {} of {}", layer.value,
+               s.runtime.options.layers);
+  const std::size_t elements =
+      std::size_t{s.runtime.options.query_heads} * s.runtime.layout.head_dim();
+  for (std::size_t i = 0; i < queries.positions.size(); ++i) {
+    const std::uint32_t position = queries.positions[i];
+    if (position >= s.tokens[layer.value] || (i > 0 && position <= queries.positions[i - 1])) {
+      return invalid_argument(
+          fmt::format("prompt query {} is of position {}: expected them ascending, of the {} "
+                      "tokens appended",
+                      i, position, s.tokens[layer.value]));
+    }
+    const float* query = queries.queries + i * queries.query_stride;
+    if (!std::all_of(query, query + elements, [](float x) { return std::isfinite(x); })) {
+      return invalid_argument(
+          fmt::format("prompt query {} (position {}) is not finite", i, position));
+    }
+  }
+  s.selectors[layer.value]->observe_prompt(queries);
+  return {};
 }
 
 // Tokens of one block, in all head groups. When a tail cannot be opened nothing has changed; a
@@ -343,6 +375,7 @@ void Sequence::State::cut(Stream& stream, std::uint32_t tokens_left) {
     return;
   }
   const bool cuts_block = tokens_left % runtime.layout.tokens_per_block() != 0;
+  const std::size_t outliers_before = stream.outliers.size();
   std::erase_if(stream.outliers, [&](BlockIndex outlier) {
     if (outlier < index) return false;
     if (outlier == index && cuts_block) {
@@ -350,6 +383,7 @@ void Sequence::State::cut(Stream& stream, std::uint32_t tokens_left) {
     }
     return true;
   });
+  runtime.outliers_held -= static_cast<std::uint32_t>(outliers_before - stream.outliers.size());
   release_blocks(stream, index.value + (cuts_block ? 1 : 0));
   stream.tail = SlotId{};
   stream.generation = Generation{stream.generation.value + 1};
@@ -391,6 +425,8 @@ Status Sequence::close() {
   KVTIER_CHECK(!s.closed, "sequence {} is closed twice", s.id.value);
   const Status settled = s.runtime.host->settle();
   for (Stream& stream : s.streams) {
+    s.runtime.outliers_held -= static_cast<std::uint32_t>(stream.outliers.size());
+    stream.outliers.clear();
     s.release_blocks(stream, 0);
     stream.tail = SlotId{};
     for (ExtentId extent : stream.extents) s.runtime.host->release(extent);

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "kernels/merge_states.h"
+#include "runtime/rest_choice.h"
 #include "runtime/runtime_state.h"
 #include "selectors/selector.h"
 
@@ -40,16 +42,37 @@ struct WorkItem {
 };
 
 /// What a sequence owns. Private to runtime/; the behaviour is in sequence.cc (tokens come and go),
-/// step.cc (a step is planned and concluded) and waves.cc (its blocks are fetched and attended).
+/// step.cc (a step is planned and concluded), waves.cc (its blocks are fetched and attended) and
+/// rest.cc (what is not attended is estimated).
 struct Sequence::State {
   Runtime::State& runtime;
   SequenceId id;
   Origin origin;
   std::vector<Stream> streams;  ///< [layers][head groups]
   std::vector<std::unique_ptr<Selector>> selectors;
-  std::vector<std::uint32_t> tokens;  ///< Per layer.
-  std::vector<std::uint8_t> marks;    ///< By position; empty while nobody has given any.
+  std::vector<std::uint32_t> tokens;     ///< Per layer.
+  std::vector<std::uint8_t> marks;       ///< By position; empty while nobody has given any.
+  std::vector<float> demands;            ///< What each layer's selector last answered to `demand`.
+  std::vector<RestChoice> rest_choices;  ///< Per layer.
   bool closed = false;
+
+  /// The queries that are answered together: all of a step, or one with a selection of its own.
+  struct Pass {
+    std::uint32_t first_query = 0;
+    std::uint32_t first_position = 0;
+    std::uint32_t end = 0;        ///< Tokens that its last query sees.
+    std::size_t first_range = 0;  ///< Of `attended`.
+  };
+  Pass pass;
+  std::uint32_t queries_of_step = 0;
+  /// A pass over what was not chosen, to compare with: hits are not counted, eviction learns
+  /// nothing.
+  bool measuring = false;
+  struct Estimates {
+    std::uint32_t rows = 0;
+    bool measured = false;
+  };
+  Estimates report_estimates;
 
   // Scratch of a step; grown at most to the longest sequence.
   std::vector<GroupSelection> selections;
@@ -64,6 +87,15 @@ struct Sequence::State {
   std::vector<std::uint32_t> query_positions;
   std::vector<BlockId> wanted;
   std::vector<WorkItem> work_missing;
+  // Of a step whose selector estimates the rest; see rest.cc.
+  std::vector<float> rest_out;
+  std::vector<float> rest_lse;
+  std::vector<float> exact_out;
+  std::vector<float> exact_lse;
+  std::vector<float> attended_out;
+  std::vector<float> attended_lse;
+  std::vector<double> error_without;
+  std::vector<double> error_with;
 
   // What a truncation holds on to while it is under way.
   std::vector<ExtentId> cut_frames;
@@ -103,14 +135,25 @@ struct Sequence::State {
   void release_blocks(Stream& stream, std::uint32_t first_block);
 
   // step.cc
-  Status check_step(const StepRequest& request) const;
+  Status check_step(const StepRequest& request);
+  StepRequest one_query_of(const StepRequest& request, std::uint32_t query) const;
+  Status step_queries(const StepRequest& request, std::uint32_t first_query, StepTiming& timing);
   Status refuse(const StepRequest& request, StepReport* report, const Status& status);
   void plan_work(const StepRequest& request);
+  void add_tokens(const Stream& stream, std::uint32_t begin, std::uint32_t end);
   void append_group_work(Stream& stream, const GroupSelection& selection,
                          std::uint32_t window_begin);
   void hold_after_step(LayerIndex layer);
   void predict(LayerIndex layer);
-  void fill_report(const StepTiming& timing, StepReport* report) const;
+  void fill_report(const StepRequest& request, const StepTiming& timing, StepReport* report) const;
+
+  // rest.cc
+  bool may_estimate(LayerIndex layer) const;
+  void grow_rest(std::size_t rows);
+  Status add_rest(const StepRequest& request, const SelectRequest& question);
+  StatesView attended_states();
+  void measure_rest(const StepRequest& request);
+  void plan_complement(const StepRequest& request);
 
   // waves.cc
   Status run_waves(const StepRequest& request, StepTiming& timing);

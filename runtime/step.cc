@@ -19,31 +19,21 @@ Status Sequence::step(const StepRequest& request, StepReport* report) {
   runtime.counters.waits = 0;
   ++runtime.steps;
   runtime.look_ahead->begin_step(runtime.steps);
+  s.attended.clear();
+  s.failures.clear();
+  s.report_estimates = {};
 
-  const std::uint32_t tokens = s.tokens[request.layer.value];
-  Selector& selector = *s.selectors[request.layer.value];
-  const Status chosen = selector.select(
-      {.queries = request.queries,
-       .query_stride = std::size_t{runtime.options.query_heads} * runtime.layout.head_dim(),
-       .query_count = request.query_count,
-       .first_position = tokens - request.query_count,
-       .budget_tokens = request.budget_tokens,
-       .band_tokens = runtime.look_ahead->enabled() ? request.budget_tokens : 0},
-      s.selections, runtime.environment.device->workers());
-  if (!chosen.ok()) return s.refuse(request, report, chosen);
-  const Duration selected = runtime.now();
-  timing.select = selected - start;
-  runtime.record(Track::kSelect, "select", start, selected, 0);
-
-  s.plan_work(request);
-  timing.resolve += runtime.now() - selected;
-  const Status status = s.run_waves(request, timing);
-  if (status.ok()) {
-    const Duration before = runtime.now();
-    s.hold_after_step(request.layer);
-    s.predict(request.layer);
-    timing.look_ahead = runtime.now() - before;
-    runtime.record(Track::kLookAhead, "look_ahead", before, runtime.now(), 0);
+  Status status;
+  if (request.selection == QuerySelection::kShared) {
+    status = s.step_queries(request, 0, timing);
+  } else {
+    for (std::uint32_t query = 0; query < request.query_count && status.ok(); ++query) {
+      status = s.step_queries(s.one_query_of(request, query), query, timing);
+    }
+  }
+  if (!status.ok()) {
+    s.fail_outputs(request);
+    if (s.failures.empty()) return s.refuse(request, report, status);
   }
 
   std::uint64_t metadata = 0;
@@ -51,9 +41,64 @@ Status Sequence::step(const StepRequest& request, StepReport* report) {
   runtime.metadata_bytes_peak = std::max(runtime.metadata_bytes_peak, metadata);
   timing.total = runtime.now() - start;
   timing.waits = runtime.counters.waits;
-  s.fill_report(timing, report);
-  if (report != nullptr) report->metadata_bytes = selector.metadata_bytes();
+  s.fill_report(request, timing, report);
   return status;
+}
+
+StepRequest Sequence::State::one_query_of(const StepRequest& request, std::uint32_t query) const {
+  const std::size_t heads = runtime.options.query_heads;
+  StepRequest one = request;
+  one.query_count = 1;
+  one.queries += query * heads * runtime.layout.head_dim();
+  one.out += query * heads * runtime.layout.value_dim();
+  one.lse += query * heads;
+  return one;
+}
+
+// One selection, for the queries from `first_query` of the step on: as many as `request` has.
+Status Sequence::State::step_queries(const StepRequest& request, std::uint32_t first_query,
+                                     StepTiming& timing) {
+  const Duration start = runtime.now();
+  const std::uint32_t layer = request.layer.value;
+  // Of a step with its own selections, the queries behind this one are still to come.
+  const std::uint32_t queries_left = request.selection == QuerySelection::kShared
+                                         ? request.query_count
+                                         : queries_of_step - first_query;
+  pass = {.first_query = first_query,
+          .first_position = tokens[layer] - queries_left,
+          .end = tokens[layer] - queries_left + request.query_count,
+          .first_range = attended.size()};
+  const SelectRequest question{
+      .queries = request.queries,
+      .query_stride = std::size_t{runtime.options.query_heads} * runtime.layout.head_dim(),
+      .query_count = request.query_count,
+      .first_position = pass.first_position,
+      .budget_tokens = request.budget_tokens,
+      .band_tokens = runtime.look_ahead->enabled() ? request.budget_tokens : 0,
+      .external = request.external,
+      .layer_demands = demands,
+      .layer = layer};
+  Selector& selector = *selectors[layer];
+  KVTIER_RETURN_IF_ERROR(
+      selector.select(question, selections, runtime.environment.device->workers()));
+  demands[layer] = selector.demand();
+  const Duration selected = runtime.now();
+  timing.select += selected - start;
+  runtime.record(Track::kSelect, "select", start, selected, 0);
+
+  plan_work(request);
+  timing.resolve += runtime.now() - selected;
+  KVTIER_RETURN_IF_ERROR(run_waves(request, timing));
+  const Duration before_rest = runtime.now();
+  if (may_estimate(request.layer)) KVTIER_RETURN_IF_ERROR(add_rest(request, question));
+  finish_outputs(request);
+  const Duration before_look_ahead = runtime.now();
+  timing.rest += before_look_ahead - before_rest;
+  hold_after_step(request.layer);
+  predict(request.layer);
+  timing.look_ahead += runtime.now() - before_look_ahead;
+  runtime.record(Track::kLookAhead, "look_ahead", before_look_ahead, runtime.now(), 0);
+  return {};
 }
 
 Status Sequence::State::refuse(const StepRequest& request, StepReport* report,
@@ -63,10 +108,11 @@ Status Sequence::State::refuse(const StepRequest& request, StepReport* report,
   return status;
 }
 
-Status Sequence::State::check_step(const StepRequest& request) const {
+Status Sequence::State::check_step(const StepRequest& request) {
   KVTIER_CHECK(!closed && request.layer.value < runtime.options.layers, "layer {} of {}",
                request.layer.value, runtime.options.layers);
   const std::uint32_t present = tokens[request.layer.value];
+  queries_of_step = request.query_count;
   if (request.query_count == 0 || request.query_count > kMaxStepQueries ||
       request.query_count > present) {
     return invalid_argument(fmt::format("{} queries in one step over {} tokens, expected 1 to {}",
@@ -76,17 +122,25 @@ Status Sequence::State::check_step(const StepRequest& request) const {
   return {};
 }
 
-void Sequence::State::fill_report(const StepTiming& timing, StepReport* report) const {
+void Sequence::State::fill_report(const StepRequest& request, const StepTiming& timing,
+                                  StepReport* report) const {
   if (report == nullptr) return;
   *report = {};
+  report->metadata_bytes = selectors[request.layer.value]->metadata_bytes();
+  report->rows_estimated = report_estimates.rows;
+  report->measured_rest = report_estimates.measured;
+  report->attended_out = report_estimates.rows > 0 ? attended_out.data() : request.out;
   report->attended = attended;
   report->failures = failures;
   report->timing = timing;
   std::uint32_t in_group = 0;
-  HeadGroup group{0};
+  const AttendedRange* previous = nullptr;
   for (const AttendedRange& range : attended) {
-    if (range.head_group != group) in_group = 0;
-    group = range.head_group;
+    if (previous != nullptr &&
+        (range.head_group != previous->head_group || range.query != previous->query)) {
+      in_group = 0;
+    }
+    previous = &range;
     in_group += range.tokens;
     report->attended_tokens_total += range.tokens;
     report->attended_tokens_max = std::max(report->attended_tokens_max, in_group);
@@ -97,50 +151,56 @@ void Sequence::State::fill_report(const StepTiming& timing, StepReport* report) 
 
 void Sequence::State::plan_work(const StepRequest& request) {
   const Duration start = runtime.now();
-  const std::uint32_t first_position = tokens[request.layer.value] - request.query_count;
-  const std::uint32_t window_begin =
-      first_position + 1 > runtime.options.window ? first_position + 1 - runtime.options.window : 0;
+  const std::uint32_t visible = pass.first_position + 1;
+  const std::uint32_t window_begin = visible - std::min(visible, runtime.options.window);
   work.clear();
   for (Stream& stream : streams_of(request.layer)) {
     append_group_work(stream, selections[stream.head_group.value], window_begin);
   }
-  attended.clear();
+  const std::uint32_t query =
+      request.selection == QuerySelection::kShared ? AttendedRange::kEveryQuery : pass.first_query;
   for (const WorkItem& item : work) {
-    attended.push_back({item.head_group, item.index, item.first_token, item.tokens});
+    attended.push_back({.head_group = item.head_group,
+                        .block = item.index,
+                        .first_token = item.first_token,
+                        .tokens = item.tokens,
+                        .query = query});
   }
   query_positions.clear();
-  for (std::uint32_t query = 0; query < request.query_count; ++query) {
-    query_positions.push_back(first_position + query);
+  for (std::uint32_t i = 0; i < request.query_count; ++i) {
+    query_positions.push_back(pass.first_position + i);
   }
   runtime.record(Track::kResolve, "plan", start, runtime.now(), 0);
+}
+
+// Tokens [begin, end) of one head group, block by block.
+void Sequence::State::add_tokens(const Stream& stream, std::uint32_t begin, std::uint32_t end) {
+  const std::uint32_t tokens_per_block = runtime.layout.tokens_per_block();
+  while (begin < end) {
+    const BlockIndex index{begin / tokens_per_block};
+    const std::uint32_t stop = std::min(end, (index.value + 1) * tokens_per_block);
+    work.push_back({.block = block_id(stream, index),
+                    .head_group = stream.head_group,
+                    .index = index,
+                    .first_token = begin % tokens_per_block,
+                    .tokens = stop - begin});
+    begin = stop;
+  }
 }
 
 // Sinks, selected units and window of one head group, in order of position; ranges of one block
 // that touch become one.
 void Sequence::State::append_group_work(Stream& stream, const GroupSelection& selection,
                                         std::uint32_t window_begin) {
-  const std::uint32_t tokens_per_block = runtime.layout.tokens_per_block();
   const std::size_t first = work.size();
-  const auto add_tokens = [&](std::uint32_t begin, std::uint32_t end) {
-    while (begin < end) {
-      const BlockIndex index{begin / tokens_per_block};
-      const std::uint32_t stop = std::min(end, (index.value + 1) * tokens_per_block);
-      work.push_back({.block = block_id(stream, index),
-                      .head_group = stream.head_group,
-                      .index = index,
-                      .first_token = begin % tokens_per_block,
-                      .tokens = stop - begin});
-      begin = stop;
-    }
-  };
-  const std::uint32_t sinks = std::min(runtime.options.sinks, stream.tokens);
-  add_tokens(0, sinks);
+  const std::uint32_t sinks = std::min(runtime.options.sinks, pass.end);
+  add_tokens(stream, 0, sinks);
   for (std::uint32_t i = 0; i < selection.chosen; ++i) {
     const SelectedUnit& unit = selection.ranked[i];
     const std::uint32_t begin = runtime.layout.first_token(unit.block) + unit.first_token;
-    add_tokens(begin, begin + unit.tokens);
+    add_tokens(stream, begin, begin + unit.tokens);
   }
-  add_tokens(std::max(sinks, window_begin), stream.tokens);
+  add_tokens(stream, std::max(sinks, window_begin), pass.end);
   std::sort(work.begin() + static_cast<std::ptrdiff_t>(first), work.end(),
             [](const WorkItem& a, const WorkItem& b) {
               return std::pair(a.index, a.first_token) < std::pair(b.index, b.first_token);
@@ -161,21 +221,26 @@ void Sequence::State::append_group_work(Stream& stream, const GroupSelection& se
 // --- After the step: what stays, and what comes next.
 
 void Sequence::State::hold_after_step(LayerIndex layer) {
-  // Outliers may be held while at least a quarter of the slots is left to the cache.
+  // Outliers may be held while at least a quarter of the slots is left to the cache, and never in
+  // the room that sinks, windows and tails of all streams can come to need: after a truncation
+  // they hold less for a while.
   const std::uint32_t floor = runtime.map->slots() / 4 + runtime.blocks_per_chunk();
   for (Stream& stream : streams_of(layer)) {
     const GroupSelection& selection = selections[stream.head_group.value];
     for (BlockIndex index : stream.outliers) {
       runtime.map->unhold(runtime.map->find(block_id(stream, index)));
     }
+    runtime.outliers_held -= static_cast<std::uint32_t>(stream.outliers.size());
     stream.outliers.clear();
     for (std::uint32_t i = 0; i < std::min(selection.held, selection.chosen); ++i) {
       const BlockIndex index = selection.ranked[i].block;
       const BlockId block = block_id(stream, index);
       if (runtime.map->state(block) != ResidencyState::kResident) continue;
       if (runtime.map->available() <= floor) break;
+      if (runtime.outliers_held >= runtime.outliers_held_max) break;
       runtime.map->hold(runtime.map->find(block));
       stream.outliers.push_back(index);
+      ++runtime.outliers_held;
     }
     // After a truncation the window reaches back to blocks that were let go: held again from here.
     const std::uint32_t window_begin =
@@ -189,6 +254,36 @@ void Sequence::State::hold_after_step(LayerIndex layer) {
       --stream.held_begin;
     }
   }
+}
+
+// --- Look-ahead.
+
+Status Sequence::hint(const StepRequest& guess) {
+  State& s = *state_;
+  Runtime::State& runtime = s.runtime;
+  KVTIER_RETURN_IF_ERROR(s.check_step(guess));
+  if (!runtime.look_ahead->enabled()) return {};
+  const std::uint32_t layer = guess.layer.value;
+  KVTIER_RETURN_IF_ERROR(s.selectors[layer]->hint(
+      {.queries = guess.queries,
+       .query_stride = std::size_t{runtime.options.query_heads} * runtime.layout.head_dim(),
+       .query_count = guess.query_count,
+       .first_position = s.tokens[layer] - guess.query_count,
+       .budget_tokens = guess.budget_tokens,
+       .external = guess.external,
+       .layer_demands = s.demands,
+       .layer = layer},
+      s.selections, runtime.environment.device->workers()));
+  for (Stream& stream : s.streams_of(guess.layer)) {
+    const GroupSelection& selection = s.selections[stream.head_group.value];
+    s.wanted.clear();
+    for (std::uint32_t i = 0; i < selection.chosen; ++i) {
+      s.wanted.push_back(s.block_id(stream, selection.ranked[i].block));
+    }
+    runtime.look_ahead->consider(s.wanted);
+  }
+  runtime.look_ahead->promote();
+  return {};
 }
 
 // The next layer will likely want what it wanted a token ago; this one, soon, what ranked just

@@ -79,7 +79,8 @@ void WaveFetch::add_span(std::uint32_t miss) {
 
 // --- Moving.
 
-void WaveFetch::begin() {
+void WaveFetch::begin(Admission why) {
+  why_ = why;
   for (Arrival& arrival : reads_) {
     if (arrival.started) continue;
     const bool had_frame = !table_.row(arrival.extent).frame.is_none();
@@ -147,6 +148,7 @@ void WaveFetch::finish(std::vector<BlockFailure>& failures) {
       finish_copy(span, copy.status.ok(), failures);
     }
   }
+  last_check_ = {};
   for (const Miss& miss : misses_) {
     if (map_.state(miss.block) == ResidencyState::kArriving) refuse(miss, Tier::kHost, failures);
   }
@@ -166,6 +168,7 @@ void WaveFetch::finish(std::vector<BlockFailure>& failures) {
 
 void WaveFetch::finish_copy(std::uint32_t span, bool moved, std::vector<BlockFailure>& failures) {
   const Miss& miss = misses_[miss_of_span_[span]];
+  last_check_ = {};
   bool intact = moved && is_intact(span);
   int attempt = 1;
   for (; !intact && attempt < HostTier::kCopyAttempts; ++attempt) intact = copy_again(span);
@@ -173,7 +176,7 @@ void WaveFetch::finish_copy(std::uint32_t span, bool moved, std::vector<BlockFai
   if (!intact && read_again(miss.block, failures)) intact = copy_again(span);
   if (intact) {
     if (attempt > 1) ++counters_.verification.recovered;
-    map_.arrive(miss.slot);
+    map_.arrive(miss.slot, why_);
     return;
   }
   if (failures.size() == failures_before) {
@@ -186,9 +189,11 @@ void WaveFetch::finish_copy(std::uint32_t span, bool moved, std::vector<BlockFai
 bool WaveFetch::is_intact(std::uint32_t span) {
   if (verify_ != VerifyMode::kAll) return true;
   ++counters_.verification.verified;
-  const bool ok = host_.check(misses_[miss_of_span_[span]].block, spans_[span].target).ok;
-  if (!ok) ++counters_.verification.mismatched;
-  return ok;
+  const BlockCheck checked = host_.check(misses_[miss_of_span_[span]].block, spans_[span].target);
+  if (checked.ok) return true;
+  ++counters_.verification.mismatched;
+  last_check_ = checked;
+  return false;
 }
 
 bool WaveFetch::copy_again(std::uint32_t span) {
@@ -215,8 +220,9 @@ void WaveFetch::refuse(const Miss& miss, Tier tier, std::vector<BlockFailure>& f
   });
   if (!named) {
     ++counters_.verification.failed;
-    BlockCheck checked;
-    if (is_in_frame(table_.row(extent).state)) {
+    // What arrived last, or, where nothing set out, what stands in the frame.
+    BlockCheck checked = last_check_;
+    if (checked.ok && is_in_frame(table_.row(extent).state)) {
       checked = host_.check(miss.block, table_.block_bytes(miss.block).data());
     }
     failures.push_back(host_.describe(miss.block, tier, StatusCode::kCorrupt, checked,

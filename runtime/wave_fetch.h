@@ -45,8 +45,8 @@ class WaveFetch {
   /// Adds a miss; returns the tier where its bytes are now (an extent that look-ahead is bringing
   /// counts as host).
   Tier add(const Miss& miss);
-  /// Starts every read and copy.
-  void begin();
+  /// Starts every read and copy. `why` is what eviction is told of what arrives.
+  void begin(Admission why = Admission::kUsed);
   /// Afterwards every added block is resident, or absent and named in `failures`.
   void finish(std::vector<BlockFailure>& failures);
 
@@ -93,6 +93,8 @@ class WaveFetch {
   std::vector<std::uint32_t> miss_of_span_;
   std::vector<Copy> copies_;
   std::uint32_t spans_submitted_ = 0;
+  Admission why_ = Admission::kUsed;
+  BlockCheck last_check_;             // The last that failed, of the span that is judged.
   std::uint32_t frames_planned_ = 0;  // Taken by `begin` for reads that are not started.
 };
 

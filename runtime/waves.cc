@@ -12,7 +12,6 @@ Status Sequence::State::run_waves(const StepRequest& request, StepTiming& timing
   const std::size_t rows = std::size_t{request.query_count} * runtime.options.query_heads;
   std::fill_n(request.out, rows * runtime.layout.value_dim(), 0.0f);
   std::fill_n(request.lse, rows, kEmptyLse);
-  failures.clear();
   const Duration resolve_start = runtime.now();
   const auto items = static_cast<std::uint32_t>(work.size());
   const std::uint32_t hits = runtime.options.deterministic ? 0 : put_hits_first();
@@ -23,7 +22,8 @@ Status Sequence::State::run_waves(const StepRequest& request, StepTiming& timing
   const auto plan_and_begin = [&](std::uint32_t first, WaveFetch& fetch) {
     const Duration start = runtime.now();
     const std::uint32_t last = plan_wave(first, hits, slots_max, fetch);
-    fetch.begin();
+    // What is only measured must not push out what is used.
+    fetch.begin(measuring ? Admission::kPredicted : Admission::kUsed);
     timing.resolve += runtime.now() - start;
     return last;
   };
@@ -63,7 +63,6 @@ Status Sequence::State::run_waves(const StepRequest& request, StepTiming& timing
     fail_outputs(request);
     return status;
   }
-  finish_outputs(request);
   return {};
 }
 
@@ -142,13 +141,15 @@ void Sequence::State::take_piece(std::uint32_t begin, std::uint32_t end, WaveFet
   for (WorkItem& item : std::span(work).subspan(begin, end - begin)) {
     const SlotId slot = runtime.map->find(item.block);
     if (slot.is_none()) continue;
-    if (runtime.map->is_held(slot)) {
-      ++runtime.held_hits;
-    } else {
-      ++runtime.hits[static_cast<std::size_t>(Tier::kDevice)];
+    if (!measuring) {
+      if (runtime.map->is_held(slot)) {
+        ++runtime.held_hits;
+      } else {
+        ++runtime.hits[static_cast<std::size_t>(Tier::kDevice)];
+      }
+      runtime.map->touch(slot);
     }
     runtime.map->hold(slot);
-    runtime.map->touch(slot);
     item.held = true;
   }
   for (WorkItem& item : std::span(work).subspan(begin, end - begin)) {
@@ -162,6 +163,7 @@ void Sequence::State::take_piece(std::uint32_t begin, std::uint32_t end, WaveFet
     const std::optional<SlotId> slot = runtime.map->reserve(item.block);
     KVTIER_CHECK(slot.has_value(), "a slot was available and none is there");
     const Tier tier = fetch.add({item.block, *slot});
+    if (measuring) continue;
     ++runtime.hits[static_cast<std::size_t>(tier)];
     if (tier == Tier::kDisk) runtime.look_ahead->note_demand(runtime.layout.extent_of(item.block));
   }

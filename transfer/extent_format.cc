@@ -127,7 +127,7 @@ ExtentEntry ExtentHeader::entry(std::uint32_t place) const {
 
 void ExtentHeader::seal() { store(bytes_.data() + kChecksumAt, header_checksum(bytes_)); }
 
-Status ExtentHeader::verify() const {
+Status ExtentHeader::verify(LayerIndex layer, HeadGroup head_group) const {
   const std::byte* const at = bytes_.data();
   std::array<std::byte, kMagic.size()> magic;
   for (std::size_t i = 0; i < kMagic.size(); ++i) magic[i] = std::byte{kMagic[i]};
@@ -149,6 +149,12 @@ Status ExtentHeader::verify() const {
   const std::uint64_t expected = header_checksum(bytes_);
   if (const auto found = load<std::uint64_t>(at + kChecksumAt); found != expected) {
     return mismatch("checksum", found, expected);
+  }
+  if (const auto found = load<std::uint32_t>(at + kLayerAt); found != layer.value) {
+    return mismatch("layer", found, layer.value);
+  }
+  if (const auto found = load<std::uint32_t>(at + kHeadGroupAt); found != head_group.value) {
+    return mismatch("head group", found, head_group.value);
   }
   return {};
 }

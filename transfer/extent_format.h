@@ -40,9 +40,10 @@ class ExtentHeader {
 
   /// Computes and stores the header's checksum.
   void seal();
-  /// `corrupt` when magic, version, layout fingerprint, block count or checksum are not right; the
-  /// message says which, with found and expected.
-  Status verify() const;
+  /// `corrupt` when magic, version, layout fingerprint, block count or checksum are not right, or
+  /// when it is the intact header of another layer's or head group's extent; the message says
+  /// which, with found and expected.
+  Status verify(LayerIndex layer, HeadGroup head_group) const;
 
  private:
   std::byte* entry_at(std::uint32_t place) const;

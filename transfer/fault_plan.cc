@@ -138,4 +138,9 @@ bool fault_hits(std::uint64_t draw, double rate) {
   return static_cast<double>(draw >> 11) * 0x1.0p-53 < rate;
 }
 
+// Every injected failure says so in its message; callers put their own words around it.
+bool is_injected(const Status& status) {
+  return !status.ok() && status.message().find("injected ") != std::string::npos;
+}
+
 }  // namespace kvtier

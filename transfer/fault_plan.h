@@ -53,6 +53,9 @@ std::uint64_t fault_draw(std::uint64_t seed, std::uint64_t salt, std::uint64_t p
 /// Whether a draw hits, for a rate from 0 (never) to 1 (always).
 bool fault_hits(std::uint64_t draw, double rate);
 
+/// Whether a failure was injected, and not met.
+bool is_injected(const Status& status);
+
 /// How often each kind really fired. Thread-safe.
 struct FaultCounts {
   std::array<std::atomic<std::uint64_t>, kFaultKindCount> fired{};

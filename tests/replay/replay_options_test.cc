@@ -36,7 +36,7 @@ class ReplayOptionsTest : public ::testing::Test {
 };
 
 TEST_F(ReplayOptionsTest, WordsAndNumbersThatAreNotUnderstood) {
-  expect_refused({"--selector", "nonesuch"}, {"--selector", "nonesuch", "landmark", "oracle"});
+  expect_refused({"--selector", "nonesuch"}, {"--selector", "nonesuch", "mean", "oracle"});
   expect_refused({"--selector", "landmark(nonesuch=1)"}, {"--selector", "nonesuch"});
   expect_refused({"--selector", "landmark("}, {"--selector", "parenthesis"});
   expect_refused({"--selector", "landmark,,oracle"}, {"--selector"});

@@ -20,6 +20,7 @@ struct Campaign {
   std::uint64_t recovered = 0;
   std::uint64_t over_capacity = 0;
   std::array<std::uint64_t, kFaultKindCount> fired{};
+  std::uint64_t link_flips = 0;
 };
 
 FaultPlan every_fault(std::uint64_t seed, bool link) {
@@ -30,7 +31,7 @@ FaultPlan every_fault(std::uint64_t seed, bool link) {
   for (FaultKind kind : {FaultKind::kWriteError, FaultKind::kLostWrite, FaultKind::kRot}) {
     plan.disk_rate[static_cast<std::size_t>(kind)] = 1e-2;
   }
-  // A disk that refuses for lack of space ends the run early (as it should): a test of its own.
+  // A disk that refuses for lack of space ends a run early, as it should: such runs come apart.
   plan.disk_rate[static_cast<std::size_t>(FaultKind::kNoSpace)] = 0.0;
   if (link) plan.link_bitflip_rate = 2e-3;
   return plan;
@@ -38,7 +39,8 @@ FaultPlan every_fault(std::uint64_t seed, bool link) {
 
 // Appends, steps with random selections (so that most blocks have to be fetched) and truncations,
 // on tiers as small as they may be, until `fetches` blocks have been fetched.
-void run_seed(std::uint64_t seed, VerifyMode verify, std::uint64_t fetches, Campaign& campaign) {
+void run_seed(std::uint64_t seed, VerifyMode verify, std::uint64_t fetches, Campaign& campaign,
+              double no_space_rate = 0.0) {
   HarnessOptions options;
   options.seed = seed;
   options.compute = false;
@@ -47,6 +49,7 @@ void run_seed(std::uint64_t seed, VerifyMode verify, std::uint64_t fetches, Camp
   options.verify = verify;
   options.look_ahead_bytes = seed % 2 == 0 ? 0 : 36 * 1024;
   options.faults = every_fault(seed, verify == VerifyMode::kAll);
+  options.faults.disk_rate[static_cast<std::size_t>(FaultKind::kNoSpace)] = no_space_rate;
   Harness harness(options);
   std::mt19937_64 random(seed);
   if (!harness.append(900).ok()) ++campaign.failed_steps;
@@ -77,6 +80,7 @@ void run_seed(std::uint64_t seed, VerifyMode verify, std::uint64_t fetches, Camp
   }
   for (std::size_t kind = 0; kind < kFaultKindCount; ++kind) {
     campaign.fired[kind] += harness.faults().fired[kind].load();
+    campaign.link_flips += harness.link_faults().fired[kind].load();
   }
 }
 
@@ -96,16 +100,21 @@ TEST_P(Faults, NoWrongBlock) {
     ASSERT_EQ(campaign.wrong_blocks, 0u) << "seed " << seed;
   }
   EXPECT_GE(campaign.fetches_min, kFetches);
+  // And a few whose disk fills up on the way: they end where nothing can be written any more.
+  for (std::uint64_t seed = 1; seed <= 5; ++seed) {
+    run_seed(1'000'000 + 10 * seed + GetParam(), VerifyMode::kArrivals, 500, campaign, 0.02);
+    ASSERT_EQ(campaign.wrong_blocks, 0u) << "seed " << seed << " of a full disk";
+  }
   EXPECT_EQ(campaign.unnamed_failures, 0u);
   EXPECT_EQ(campaign.over_capacity, 0u);
   EXPECT_GT(campaign.mismatched, 0u);
   EXPECT_GT(campaign.recovered, 0u);
   EXPECT_GT(campaign.failed_steps, 0u) << "faults on writes cannot always be recovered from";
   for (int kind = 0; kind < kFaultKindCount; ++kind) {
-    if (static_cast<FaultKind>(kind) == FaultKind::kNoSpace) continue;
     EXPECT_GT(campaign.fired[static_cast<std::size_t>(kind)], 0u)
         << to_string(static_cast<FaultKind>(kind)) << " never fired";
   }
+  EXPECT_GT(campaign.link_flips, 0u);
 }
 
 INSTANTIATE_TEST_SUITE_P(ThousandSeeds, Faults, ::testing::Range<std::uint64_t>(0, kParts));

@@ -135,7 +135,8 @@ Harness::Harness(const HarnessOptions& setup)
   options_.query_heads = setup.block.kv_heads * setup.queries_per_kv_head;
   options_.softmax = setup.softmax;
   options_.sink_logits = setup.sink_logits;
-  options_.selector = make_selector_factory(setup.selector).value();
+  options_.selector = setup.factory ? setup.factory : make_selector_factory(setup.selector).value();
+  options_.estimate_rest = setup.estimate_rest;
   options_.sinks = setup.sinks;
   options_.window = setup.window;
   options_.eviction = setup.eviction;
@@ -159,7 +160,7 @@ Harness::Harness(const HarnessOptions& setup)
   link_ = make_memory_link();
   if (setup.faults.any()) {
     disk_ = std::make_unique<FaultyFile>(std::move(disk_), setup.faults, &fault_counts_);
-    link_ = make_faulty_link(std::move(link_), setup.faults, &fault_counts_);
+    link_ = make_faulty_link(std::move(link_), setup.faults, &link_fault_counts_);
   }
   runtime_ = Runtime::open(options_, {.clock = &clock_,
                                       .device = device_.get(),
@@ -236,12 +237,24 @@ Status Harness::truncate(std::uint32_t tokens) {
   return {};
 }
 
-Status Harness::step(std::uint32_t layer, std::uint32_t budget, std::uint32_t query_count) {
+Status Harness::step(std::uint32_t layer, std::uint32_t budget, std::uint32_t query_count,
+                     QuerySelection selection) {
   const std::uint32_t heads = options_.query_heads;
   queries_.resize(std::size_t{query_count} * heads * setup_.block.head_dim);
   for (std::size_t i = 0; i < queries_.size(); ++i) {
     queries_[i] = 2.0f * unit(place(3, layer, 0, tokens(), setup_.seed & 0xFFFF, i));
   }
+  return ask(layer, budget, query_count, selection);
+}
+
+Status Harness::step_with(std::uint32_t layer, std::uint32_t budget, std::span<const float> query) {
+  queries_.assign(query.begin(), query.end());
+  return ask(layer, budget, 1, QuerySelection::kShared);
+}
+
+Status Harness::ask(std::uint32_t layer, std::uint32_t budget, std::uint32_t query_count,
+                    QuerySelection selection) {
+  const std::uint32_t heads = options_.query_heads;
   out_.assign(std::size_t{query_count} * heads * setup_.block.value_dim, 0.0f);
   lse_.assign(std::size_t{query_count} * heads, 0.0f);
   device_->expect(layer, queries_.data(),
@@ -252,6 +265,7 @@ Status Harness::step(std::uint32_t layer, std::uint32_t budget, std::uint32_t qu
   return sequence_->step({.layer = LayerIndex{layer},
                           .queries = queries_.data(),
                           .query_count = query_count,
+                          .selection = selection,
                           .budget_tokens = budget,
                           .out = out_.data(),
                           .lse = lse_.data()},

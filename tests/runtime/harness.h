@@ -88,6 +88,9 @@ struct HarnessOptions {
   std::uint32_t layers = 2;
   std::uint32_t queries_per_kv_head = 2;
   std::string selector = "random";
+  /// Instead of `selector`, where a test has its own.
+  SelectorFactory factory;
+  EstimateRest estimate_rest = EstimateRest::kMeasured;
   std::uint32_t tokens_max = 1024;
   std::uint32_t sequences_max = 1;
   std::uint32_t sinks = 4;
@@ -121,24 +124,32 @@ class Harness {
   Status append_layer(std::uint32_t layer, std::uint32_t tokens);
   Status truncate(std::uint32_t tokens);
   /// Queries are pseudo-random; `out` and `lse` are kept for the accessors below.
-  Status step(std::uint32_t layer, std::uint32_t budget, std::uint32_t query_count = 1);
+  Status step(std::uint32_t layer, std::uint32_t budget, std::uint32_t query_count = 1,
+              QuerySelection selection = QuerySelection::kShared);
+  /// One query, given: [query_heads, head_dim].
+  Status step_with(std::uint32_t layer, std::uint32_t budget, std::span<const float> query);
 
   /// Exact attention over what the last step attended, in float64, from contents.
   std::vector<double> reference_out() const;
 
   const StepReport& report() const { return report_; }
   const std::vector<float>& out() const { return out_; }
+  /// Of the last step.
+  const std::vector<float>& queries() const { return queries_; }
   const std::vector<float>& lse() const { return lse_; }
   std::uint32_t tokens() const { return static_cast<std::uint32_t>(versions_.size()); }
   CheckingDevice& device() { return *device_; }
   Runtime& runtime() { return *runtime_; }
   const RuntimeOptions& options() const { return options_; }
   const FaultCounts& faults() const { return fault_counts_; }
+  const FaultCounts& link_faults() const { return link_fault_counts_; }
   MemoryFile& stored() { return *memory_file_; }
   /// Ends everything; the stats stay readable.
   Status close();
 
  private:
+  Status ask(std::uint32_t layer, std::uint32_t budget, std::uint32_t query_count,
+             QuerySelection selection);
   void make_rows(std::uint32_t layer, std::uint32_t first, std::uint32_t count);
 
   HarnessOptions setup_;
@@ -146,6 +157,7 @@ class Harness {
   Content content_;
   SteadyClock clock_;
   FaultCounts fault_counts_;
+  FaultCounts link_fault_counts_;
   std::unique_ptr<CheckingDevice> device_;
   std::unique_ptr<Link> link_;
   MemoryFile* memory_file_ = nullptr;

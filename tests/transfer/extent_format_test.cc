@@ -58,7 +58,8 @@ TEST_F(ExtentFormatTest, EntriesComeBackAsTheyWereSet) {
   }
   header_.clear_entry(5);
   header_.seal();
-  EXPECT_TRUE(header_.verify().ok()) << header_.verify().to_string();
+  EXPECT_TRUE(header_.verify(LayerIndex{21}, HeadGroup{2}).ok())
+      << header_.verify(LayerIndex{21}, HeadGroup{2}).to_string();
   for (std::uint32_t place = 0; place < layout_.blocks_per_extent(); ++place) {
     EXPECT_EQ(header_.entry(place), place == 5 ? ExtentEntry{} : entry_of(place));
   }
@@ -104,19 +105,20 @@ TEST_F(ExtentFormatTest, EveryFlippedByteIsDetected) {
   for (std::size_t at = 0; at < memory_.bytes().size(); ++at) {
     for (const std::byte flip : {std::byte{0x01}, std::byte{0x80}, std::byte{0xff}}) {
       memory_.bytes()[at] ^= flip;
-      EXPECT_EQ(header_.verify().code(), StatusCode::kCorrupt) << "byte " << at;
+      EXPECT_EQ(header_.verify(LayerIndex{21}, HeadGroup{2}).code(), StatusCode::kCorrupt)
+          << "byte " << at;
       memory_.bytes()[at] ^= flip;
     }
   }
-  EXPECT_TRUE(header_.verify().ok());
+  EXPECT_TRUE(header_.verify(LayerIndex{21}, HeadGroup{2}).ok());
 }
 
 TEST_F(ExtentFormatTest, ChangesAfterSealingAreDetected) {
   header_.seal();
   header_.set_entry(0, entry_of(0));
-  EXPECT_EQ(header_.verify().code(), StatusCode::kCorrupt);
+  EXPECT_EQ(header_.verify(LayerIndex{21}, HeadGroup{2}).code(), StatusCode::kCorrupt);
   header_.seal();
-  EXPECT_TRUE(header_.verify().ok());
+  EXPECT_TRUE(header_.verify(LayerIndex{21}, HeadGroup{2}).ok());
 }
 
 TEST_F(ExtentFormatTest, MessagesNameFieldFoundAndExpected) {
@@ -131,7 +133,7 @@ TEST_F(ExtentFormatTest, MessagesNameFieldFoundAndExpected) {
     AlignedBuffer copy(memory_.bytes().size());
     std::copy(memory_.bytes().begin(), memory_.bytes().end(), copy.bytes().begin());
     copy.bytes()[expected.at] ^= std::byte{3};
-    const Status status = ExtentHeader(copy.bytes(), layout_).verify();
+    const Status status = ExtentHeader(copy.bytes(), layout_).verify(LayerIndex{21}, HeadGroup{2});
     EXPECT_NE(status.message().find(expected.field), std::string::npos) << status.message();
   }
 }
@@ -140,14 +142,15 @@ TEST_F(ExtentFormatTest, AnotherLayoutIsDetected) {
   header_.seal();
   const BlockLayout other = layout_of(16);
   ASSERT_EQ(other.extent_header_bytes(), layout_.extent_header_bytes());
-  const Status status = ExtentHeader(memory_.bytes(), other).verify();
+  const Status status = ExtentHeader(memory_.bytes(), other).verify(LayerIndex{21}, HeadGroup{2});
   EXPECT_EQ(status.code(), StatusCode::kCorrupt);
   EXPECT_NE(status.message().find("layout fingerprint"), std::string::npos) << status.message();
 }
 
 TEST_F(ExtentFormatTest, MemoryThatWasNeverWrittenIsCorrupt) {
   AlignedBuffer zeros(layout_.extent_header_bytes());
-  EXPECT_EQ(ExtentHeader(zeros.bytes(), layout_).verify().code(), StatusCode::kCorrupt);
+  EXPECT_EQ(ExtentHeader(zeros.bytes(), layout_).verify(LayerIndex{21}, HeadGroup{2}).code(),
+            StatusCode::kCorrupt);
 }
 
 TEST_F(ExtentFormatTest, BlockOfAnotherLayerIsABug) {

@@ -44,6 +44,7 @@ ExitCode run(int argc, char** argv) {
   ExitCode exit_code = ExitCode::kDone;
   add_inspect(app, exit_code);
   add_replay(app, exit_code);
+  add_selectors(app, exit_code);
   add_bench(app, exit_code);
   try {
     app.parse(argc, argv);

@@ -15,5 +15,6 @@ namespace kvtier {
 void add_inspect(CLI::App& app, ExitCode& exit_code);
 void add_replay(CLI::App& app, ExitCode& exit_code);
 void add_bench(CLI::App& app, ExitCode& exit_code);
+void add_selectors(CLI::App& app, ExitCode& exit_code);
 
 }  // namespace kvtier

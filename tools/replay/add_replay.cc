@@ -45,6 +45,16 @@ bool is_verified(const ReplayReport& report) {
   return true;
 }
 
+/// What failed, for readers of a result that does not stand on the terminal in words.
+void tell_failures(const ReplayReport& report) {
+  for (std::size_t i = 0; i < report.runs.size(); ++i) {
+    const RunRecord& run = report.runs[i];
+    for (const std::string& failure : verification_failures(run, report.qualities[i])) {
+      fmt::print(stderr, "kvtier: {} at {}: {}\n", run.selector, run.budget, failure);
+    }
+  }
+}
+
 /// Writes timeline and result, whatever the verdict is.
 ExitCode write_outputs(const ReplayReport& report, const Outputs& outputs) {
   if (outputs.timeline) {
@@ -52,6 +62,7 @@ ExitCode write_outputs(const ReplayReport& report, const Outputs& outputs) {
     if (!status.ok()) return fail(ExitCode::kFailed, status);
   }
   const ExitCode verdict = is_verified(report) ? ExitCode::kDone : ExitCode::kRequirementFailed;
+  if (outputs.result || report.options.format != ResultFormat::kTable) tell_failures(report);
   if (!outputs.result) return print_result(render(report), verdict);
   const Status status = outputs.result->write(render(report));
   return status.ok() ? verdict : fail(ExitCode::kFailed, status);
@@ -106,6 +117,11 @@ ExitCode replay(const ReplayOptions& options, const AttentionTrace& trace) {
   Status status = run_all(report, device, std::move(*disk), progress);
   if (!status.ok()) {
     progress.clear();
+    // The options were checked: a step refuses what the trace makes it ask.
+    if (status.code() == StatusCode::kInvalidArgument) {
+      return fail(ExitCode::kBadInput,
+                  invalid_argument(trace.manifest_path() + ": " + status.message()));
+    }
     return fail(ExitCode::kFailed, status);
   }
   std::vector<Budget> budgets;

@@ -137,7 +137,10 @@ class Measurement {
     exact_.exact_out(head, reference);
     sample.output_error = relative_error(out, reference);
     if (exact_.attend(head, attended, reference)) {
-      sample.attended_error = relative_error(out, reference);
+      const std::vector<float>& alone =
+          runs_[run].attended_outs.empty() ? runs_[run].outs : runs_[run].attended_outs;
+      sample.attended_error =
+          relative_error(std::span(alone).subspan((index * heads_ + head) * dim, dim), reference);
     }
   }
 

@@ -9,9 +9,11 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <filesystem>
 #include <limits>
 #include <span>
 #include <string_view>
+#include <system_error>
 #include <utility>
 
 namespace kvtier {
@@ -25,6 +27,10 @@ constexpr std::pair<std::string_view, GroupReduction> kReductions[] = {
 // No tool offers to switch verification off.
 constexpr std::pair<std::string_view, VerifyMode> kVerifyModes[] = {
     {"arrivals", VerifyMode::kArrivals}, {"all", VerifyMode::kAll}};
+constexpr std::pair<std::string_view, EstimateRest> kEstimates[] = {
+    {"measured", EstimateRest::kMeasured},
+    {"always", EstimateRest::kAlways},
+    {"never", EstimateRest::kNever}};
 constexpr std::pair<std::string_view, ResultFormat> kFormats[] = {
     {"table", ResultFormat::kTable}, {"json", ResultFormat::kJson}, {"csv", ResultFormat::kCsv}};
 constexpr std::pair<std::string_view, FileBackend> kBackends[] = {
@@ -60,6 +66,7 @@ auto whole_number(T least, T most) {
 }
 
 Result<std::string> parse_selector(std::string_view text) {
+  if (text == kAllSelectors) return std::string(text);
   auto factory = make_selector_factory(text);
   if (!factory.ok()) return factory.status();
   return std::string(text);
@@ -87,12 +94,22 @@ Result<std::optional<Capacity>> parse_disk_capacity(std::string_view text) {
   return std::optional<Capacity>(std::move(capacity));
 }
 
+/// Whether two paths name one file, which need not exist yet.
+bool is_same_file(const std::string& a, const std::string& b) {
+  const auto whole = [](const std::string& path) {
+    std::error_code ignored;
+    return std::filesystem::weakly_canonical(std::filesystem::absolute(path, ignored), ignored);
+  };
+  return whole(a) == whole(b);
+}
+
 constexpr std::uint32_t kCountMax = 1U << 30;
 
 void bind_selection(CLI::App& verb, ReplayOptions& options) {
   add_values(verb, "--selector", options.selectors, parse_selector,
-             "Selectors to run: landmark, oracle, recency, random, with parameters in parentheses",
-             "landmark");
+             "Selectors to run, as listed by `kvtier selectors`: mean, mean(tokens=16), "
+             "refresh(interval=4)/mean; or all that the trace can feed",
+             "mean");
   add_values(verb, "--budget", options.budgets, Budget::parse,
              "Tokens attended per KV head and step, sinks and window included: 2% of the visible "
              "ones, or 512",
@@ -110,6 +127,11 @@ void bind_selection(CLI::App& verb, ReplayOptions& options) {
   add_value(verb, "--group-reduction", options.reduction,
             one_of(Choices<GroupReduction>(kReductions)),
             "How query heads that share a KV head become one score: max, sum, mean", "sum");
+  add_value(verb, "--estimate-rest", options.estimate_rest,
+            one_of(Choices<EstimateRest>(kEstimates)),
+            "What is not attended, where the selector can estimate it: measured (where that is "
+            "seen to help), always, never",
+            "measured");
 }
 
 void bind_movement(CLI::App& verb, ReplayOptions& options) {
@@ -163,8 +185,17 @@ const char* to_string(VerifyMode mode) {
   return "?";
 }
 
+const char* to_string(EstimateRest estimate) {
+  switch (estimate) {
+    case EstimateRest::kMeasured: return "measured";
+    case EstimateRest::kAlways: return "always";
+    case EstimateRest::kNever: return "never";
+  }
+  return "?";
+}
+
 ReplayOptions::ReplayOptions()
-    : selectors{"landmark"},
+    : selectors{"mean"},
       budgets{Budget::parse("5%").value()},
       eviction("lrfu"),
       device_capacity(Capacity::parse("10%").value()),
@@ -191,7 +222,8 @@ Status check_replay_options(const ReplayOptions& options) {
         "--inject: found faults on the link with --verify arrivals, expected --verify all: nothing "
         "else would notice them");
   }
-  if (!options.output_path.empty() && options.output_path == options.timeline_path) {
+  if (!options.output_path.empty() && !options.timeline_path.empty() &&
+      is_same_file(options.output_path, options.timeline_path)) {
     return invalid_argument(fmt::format(
         "--timeline: found '{}', expected another file than --output", options.timeline_path));
   }

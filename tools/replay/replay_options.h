@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace CLI {
@@ -33,6 +34,7 @@ struct ReplayOptions {
   std::uint32_t sinks = 4;
   std::uint32_t window = 64;
   GroupReduction reduction = GroupReduction::kSum;
+  EstimateRest estimate_rest = EstimateRest::kMeasured;
 
   // How it moves.
   std::string eviction;
@@ -59,6 +61,10 @@ struct ReplayOptions {
 
 const char* to_string(GroupReduction reduction);
 const char* to_string(VerifyMode mode);
+const char* to_string(EstimateRest estimate);
+
+/// What `--selector all` stands for: every selector that selects by itself, at its defaults.
+inline constexpr std::string_view kAllSelectors = "all";
 
 /// Adds the trace argument and every option to `verb`; parsing fills `options`. Values that cannot
 /// be understood end parsing with a `CLI::ParseError` that names the option, what was found and

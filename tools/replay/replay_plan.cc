@@ -2,8 +2,10 @@
 
 #include "kernels/kv_view.h"
 #include "kernels/partial_attention.h"
+#include "memory/available_memory.h"
 #include "runtime/runtime.h"
 #include "selectors/registry.h"
+#include "tools/replay/trace_feed.h"
 
 #include <fmt/format.h>
 
@@ -62,7 +64,9 @@ RuntimeOptions runtime_options(const ReplayOptions& options, const AttentionTrac
         layer.sink_logits.empty() ? std::span<const float>(none) : layer.sink_logits;
     runtime.sink_logits.insert(runtime.sink_logits.end(), logits.begin(), logits.end());
   }
+  runtime.rope = {.theta = manifest.rope_theta};
   runtime.reduction = options.reduction;
+  runtime.estimate_rest = options.estimate_rest;
   runtime.sinks = options.sinks;
   runtime.window = options.window;
   runtime.eviction = options.eviction;
@@ -99,7 +103,7 @@ Status plan_capacities(const ReplayOptions& options, std::uint64_t kv_bytes, Rep
                                         kv_bytes));
   const std::uint64_t reserve = runtime.disk_capacity_bytes > 0 ? plan.needs.host_reserve_bytes : 0;
   const std::uint64_t in_host = round_down(runtime.host_capacity_bytes, extent) - reserve;
-  if (in_host + runtime.disk_capacity_bytes < total) {
+  if (options.disk_capacity && in_host < total && runtime.disk_capacity_bytes < total - in_host) {
     const std::uint64_t usable =
         round_down(runtime.host_capacity_bytes, extent) - plan.needs.host_reserve_bytes;
     return invalid_argument(fmt::format(
@@ -109,6 +113,19 @@ Status plan_capacities(const ReplayOptions& options, std::uint64_t kv_bytes, Rep
         runtime.host_capacity_bytes, plan.needs.host_reserve_bytes, total));
   }
   return {};
+}
+
+/// More than the machine has would fail later, when a run has begun.
+Status check_memory(const RuntimeOptions& runtime) {
+  const std::uint64_t available = available_memory_bytes();
+  if (runtime.device_capacity_bytes <= available &&
+      runtime.host_capacity_bytes <= available - runtime.device_capacity_bytes) {
+    return {};
+  }
+  return invalid_argument(fmt::format(
+      "--device-capacity, --host-capacity: found {} B and {} B, expected at most {} B together: "
+      "this build keeps both in memory, and no more is available",
+      runtime.device_capacity_bytes, runtime.host_capacity_bytes, available));
 }
 
 Status check_budget(const Budget& budget, const ReplayOptions& options,
@@ -128,6 +145,43 @@ Status check_budget(const Budget& budget, const ReplayOptions& options,
   return {};
 }
 
+/// `names` with "all" replaced by what it stands for.
+std::vector<std::string> selectors_of(const std::vector<std::string>& names) {
+  std::vector<std::string> selectors;
+  for (const std::string& name : names) {
+    if (name != kAllSelectors) {
+      selectors.push_back(name);
+      continue;
+    }
+    for (const SelectorListing& listing : known_selectors()) {
+      if (!listing.decorates) selectors.push_back(listing.name);
+    }
+  }
+  return selectors;
+}
+
+Status plan_runs(const ReplayOptions& options, const AttentionTrace& trace, ReplayPlan& plan) {
+  for (const Budget& budget : options.budgets) {
+    KVTIER_RETURN_IF_ERROR(check_budget(budget, options, trace));
+  }
+  const SelectorNeeds present = needs_met_by(trace);
+  for (const std::string& name : selectors_of(options.selectors)) {
+    auto factory = make_selector_factory(name);
+    if (!factory.ok()) return invalid_argument("--selector: " + factory.status().message());
+    const std::string lacks = missing_needs(factory->needs, present);
+    if (!lacks.empty() && std::ranges::find(options.selectors, name) != options.selectors.end()) {
+      return unsupported(fmt::format("{}: selector '{}' needs {}, which the trace lacks",
+                                     trace.manifest_path(), name, lacks));
+    }
+    if (!lacks.empty()) {
+      plan.left_out.push_back({name, lacks});
+      continue;
+    }
+    for (const Budget& budget : options.budgets) plan.runs.push_back({name, *factory, budget});
+  }
+  return {};
+}
+
 /// TMPDIR as other programs understand it. The environment is read in tools only.
 std::string temporary_directory() {
   const char* directory = std::getenv("TMPDIR");
@@ -142,12 +196,15 @@ SelectorShape ReplayPlan::selector_shape() const {
           .heads_per_group = runtime.block.kv_heads_per_block,
           .queries_per_kv_head = runtime.query_heads / runtime.block.kv_heads,
           .head_dim = runtime.block.head_dim,
+          .value_dim = runtime.block.value_dim,
           .tokens_per_block = runtime.block.tokens_per_block,
           .sinks = runtime.sinks,
           .window = runtime.window,
           .softmax = runtime.softmax,
+          .rope = runtime.rope,
           .reduction = runtime.reduction,
           .seed = runtime.seed,
+          .layers = runtime.layers,
           .tokens_max = runtime.tokens_max};
 }
 
@@ -160,17 +217,11 @@ Result<ReplayPlan> ReplayPlan::make(const ReplayOptions& options, const Attentio
                                         options.block_tokens, options.extent_bytes,
                                         layout.status().message()));
   }
-  for (const std::string& name : options.selectors) {
-    auto factory = make_selector_factory(name);
-    if (!factory.ok()) return invalid_argument("--selector: " + factory.status().message());
-    for (const Budget& budget : options.budgets) {
-      KVTIER_RETURN_IF_ERROR(check_budget(budget, options, trace));
-      plan.runs.push_back({name, *factory, budget});
-    }
-  }
+  KVTIER_RETURN_IF_ERROR(plan_runs(options, trace, plan));
   plan.runtime.selector = plan.runs.front().factory;
   KVTIER_ASSIGN_OR_RETURN(plan.needs, Runtime::needs(plan.runtime));
   KVTIER_RETURN_IF_ERROR(plan_capacities(options, trace.kv_bytes(), plan));
+  KVTIER_RETURN_IF_ERROR(check_memory(plan.runtime));
   plan.disk.directory = options.disk_path.empty() ? temporary_directory() : options.disk_path;
   plan.disk.bytes = plan.runtime.disk_capacity_bytes;
   plan.disk.backend = options.file_backend;

@@ -20,6 +20,12 @@ struct PlannedRun {
   Budget budget;
 };
 
+/// A selector that `all` would have run, and what the trace lacks for it.
+struct LeftOut {
+  std::string selector;
+  std::string lacks;
+};
+
 /// The options made concrete for one trace: every number is in bytes and tokens, and everything
 /// that can be refused before a run has been.
 struct ReplayPlan {
@@ -27,12 +33,14 @@ struct ReplayPlan {
   RuntimeNeeds needs;
   FileOptions disk;  ///< `bytes` is 0 when there is no disk tier.
   std::vector<PlannedRun> runs;
+  std::vector<LeftOut> left_out;
 
   /// What selectors are told about a layer; also what the oracle's choice is measured with.
   SelectorShape selector_shape() const;
 
   /// `invalid_argument` names the option, what was found and the least that would do;
-  /// `unsupported` when no option could make this trace run.
+  /// `unsupported` when no option could make this trace run, or when it lacks what a selector
+  /// that was asked for by name needs.
   static Result<ReplayPlan> make(const ReplayOptions& options, const AttentionTrace& trace);
 };
 

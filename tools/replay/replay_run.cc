@@ -1,6 +1,8 @@
 #include "tools/replay/replay_run.h"
 
 #include "tools/replay/exact_attention.h"
+#include "tools/replay/trace_feed.h"
+#include "transfer/fault_plan.h"
 #include "transfer/faulty_file.h"
 #include "transfer/link.h"
 #include "transfer/open_file.h"
@@ -46,6 +48,7 @@ class Replayer {
         sequence_(sequence),
         progress_(progress),
         record_(record),
+        feed_(*setup.trace),
         title_(fmt::format("{} at {}", run_.selector, run_.budget.text())),
         counted_(runtime.stats()) {
     const TraceModel& model = trace_.manifest().model;
@@ -75,7 +78,8 @@ class Replayer {
     while (appended_ < tokens) {
       const std::uint32_t count = std::min(kPromptChunkTokens, tokens - appended_);
       for (std::uint32_t layer = 0; layer < trace_.layers().size(); ++layer) {
-        const Status appended = sequence_.append(LayerIndex{layer}, rows(layer, count));
+        const Status appended =
+            sequence_.append(LayerIndex{layer}, feed_.rows(layer, appended_, count));
         count_traffic(layer);
         if (appended.ok()) continue;
         // Damage on the way down leaves the tokens appended and the block marked: whoever wants it
@@ -86,24 +90,13 @@ class Replayer {
               "append, layer {}: {}", trace_.layers()[layer].number, appended.message()));
         }
       }
+      for (std::uint32_t layer = 0; layer < trace_.layers().size(); ++layer) {
+        KVTIER_RETURN_IF_ERROR(feed_.observe(sequence_, layer, appended_, count));
+      }
       appended_ += count;
       progress_.show(title_, appended_, trace_.manifest().tokens);
     }
     return {};
-  }
-
-  TokenRows rows(std::uint32_t layer, std::uint32_t count) const {
-    const TraceModel& model = trace_.manifest().model;
-    const std::size_t element = size_of(trace_.manifest().dtype);
-    TokenRows rows;
-    rows.key_head_stride = model.head_dim * element;
-    rows.key_token_stride = model.kv_heads * rows.key_head_stride;
-    rows.value_head_stride = model.value_dim * element;
-    rows.value_token_stride = model.kv_heads * rows.value_head_stride;
-    rows.keys = trace_.layers()[layer].keys.data() + appended_ * rows.key_token_stride;
-    rows.values = trace_.layers()[layer].values.data() + appended_ * rows.value_token_stride;
-    rows.tokens = count;
-    return rows;
   }
 
   Status step_layer(std::uint32_t step, std::uint32_t layer) {
@@ -126,8 +119,26 @@ class Replayer {
     count_traffic(layer);
     record_.layers[layer].metadata_bytes =
         std::max(record_.layers[layer].metadata_bytes, report.metadata_bytes);
+    keep_outputs(step, layer, report);
     keep(step, layer, request.budget_tokens, report, status.ok());
     return {};
+  }
+
+  // The output over the attended tokens alone is kept beside the step's answer from the first step
+  // that differs: most selectors estimate nothing.
+  void keep_outputs(std::uint32_t step, std::uint32_t layer, const StepReport& report) {
+    LayerTraffic& traffic = record_.layers[layer];
+    traffic.rows_estimated += report.rows_estimated;
+    if (report.measured_rest) ++traffic.steps_measured;
+    if (report.rows_estimated > 0 && record_.attended_outs.empty()) {
+      record_.attended_outs = record_.outs;
+    }
+    if (record_.attended_outs.empty() || report.attended_out == nullptr) return;
+    const std::size_t out_size =
+        record_.attended_outs.size() / (trace_.query_positions().size() * trace_.layers().size());
+    const std::size_t index = step * trace_.layers().size() + layer;
+    std::copy_n(report.attended_out, out_size,
+                record_.attended_outs.begin() + static_cast<std::ptrdiff_t>(index * out_size));
   }
 
   // What has been counted since the last call is this layer's doing.
@@ -194,6 +205,7 @@ class Replayer {
   Sequence& sequence_;
   Progress& progress_;
   RunRecord& record_;
+  TraceFeed feed_;
   std::string title_;
   RuntimeStats counted_;
   std::uint32_t appended_ = 0;
@@ -222,9 +234,9 @@ Status replay_in(const RunSetup& setup, const Environment& environment, Progress
     status = sequence.status();
   }
   const Status closed = runtime->close();
-  // Blocks whose write failed stayed in host memory, so nothing attended was lost: where failures
-  // are asked for that is a recovery, elsewhere a disk that the user must hear of.
-  if (!setup.inject) keep_first(status, closed);
+  // Blocks whose write failed stayed in host memory, so nothing attended was lost: a failure that
+  // was asked for is a recovery, any other a disk that the user must hear of.
+  if (!is_injected(closed)) keep_first(status, closed);
   // Counters are final only now, when every transfer has ended.
   record.stats = runtime->stats();
   return status;

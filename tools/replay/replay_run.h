@@ -27,6 +27,8 @@ struct LayerTraffic {
   VerificationStats verification;
   PrefetchStats prefetch;
   std::uint64_t metadata_bytes = 0;  ///< Of its selector, at its peak.
+  std::uint64_t rows_estimated = 0;  ///< Of its outputs (a query head at a step).
+  std::uint64_t steps_measured = 0;
 };
 
 /// Everything that one run did and returned, kept until all runs are measured together.
@@ -38,8 +40,10 @@ struct RunRecord {
   std::string budget;
 
   // In the order of stepping: step by step, layer by layer within a step.
-  AttendedSets attended;                       ///< [steps, layers, head groups]
-  std::vector<float> outs;                     ///< [steps, layers, query_heads, value_dim]
+  AttendedSets attended;    ///< [steps, layers, head groups]
+  std::vector<float> outs;  ///< [steps, layers, query_heads, value_dim]
+  /// The same without estimates of the rest; empty when there were none.
+  std::vector<float> attended_outs;
   std::vector<std::uint8_t> failed;            ///< [steps, layers]
   std::vector<std::uint64_t> tokens_attended;  ///< [steps, layers], summed over head groups.
   std::vector<StepTiming> timings;             ///< [steps, layers]

@@ -37,6 +37,7 @@ Json options_json(const ReplayReport& report) {
   json["sinks"] = options.sinks;
   json["window"] = options.window;
   json["group_reduction"] = to_string(options.reduction);
+  json["estimate_rest"] = to_string(options.estimate_rest);
   json["eviction"] = options.eviction;
   json["look_ahead_bytes"] = options.look_ahead_bytes;
   json["device_capacity_bytes"] = runtime.device_capacity_bytes;
@@ -137,6 +138,7 @@ void put_stages(const std::vector<StepTiming>& timings, Json& json) {
   json["fetch_us"] = quantiles_json(timings, &StepTiming::fetch);
   json["attend_us"] = quantiles_json(timings, &StepTiming::attend);
   json["merge_us"] = quantiles_json(timings, &StepTiming::merge);
+  json["rest_us"] = quantiles_json(timings, &StepTiming::rest);
   json["look_ahead_us"] = quantiles_json(timings, &StepTiming::look_ahead);
   json["total_us"] = quantiles_json(timings, &StepTiming::total);
   std::uint64_t waits = 0;
@@ -223,6 +225,8 @@ Json layer_json(const ReplayReport& report, std::size_t run, std::size_t layer) 
   json["blocks"] = blocks_json(traffic.verification);
   json["prefetch"] = prefetch_json(traffic.prefetch);
   json["metadata_bytes"] = traffic.metadata_bytes;
+  json["estimated_rows"] = traffic.rows_estimated;
+  json["steps_measured"] = traffic.steps_measured;
   return json;
 }
 
@@ -244,6 +248,10 @@ Json run_json(const ReplayReport& report, std::size_t index) {
   put_quality(quality.overall, json);
   put_traffic(run.stats, json);
   if (report.options.inject) json["faults_fired"] = faults_json(run);
+  std::uint64_t rows_estimated = 0;
+  for (const LayerTraffic& layer : run.layers) rows_estimated += layer.rows_estimated;
+  json["estimated_rows"] = rows_estimated;
+  json["steps_measured"] = run.stats.steps_measured;
   json["attended_digest"] = hexadecimal(run.attended.digest());
   json["output_digest"] = hexadecimal(checksum(std::as_bytes(std::span(run.outs))));
   const std::vector<std::string> failures = verification_failures(run, quality);
@@ -269,6 +277,10 @@ std::string report_json(const ReplayReport& report) {
   json["runs"] = Json::array();
   for (std::size_t run = 0; run < report.runs.size(); ++run) {
     json["runs"].push_back(run_json(report, run));
+  }
+  json["left_out"] = Json::array();
+  for (const LeftOut& each : report.plan.left_out) {
+    json["left_out"].push_back({{"selector", each.selector}, {"lacks", each.lacks}});
   }
   // Names come from files: a byte that is not UTF-8 must not end the program.
   return json.dump(1, ' ', false, Json::error_handler_t::replace) + "\n";

@@ -175,8 +175,13 @@ std::string verdict(const ReplayReport& report) {
 }  // namespace
 
 std::string report_table(const ReplayReport& report) {
+  std::string left_out;
+  for (const LeftOut& each : report.plan.left_out) {
+    left_out += fmt::format("left out: {}, since the trace lacks {}\n", each.selector, each.lacks);
+  }
+  if (!left_out.empty()) left_out += "\n";
   return header(report) + "\n" + quality_table(report) + "\n" + traffic_table(report) + "\n" +
-         kLegend + "\n" + verdict(report);
+         left_out + kLegend + "\n" + verdict(report);
 }
 
 }  // namespace kvtier

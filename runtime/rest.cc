@@ -1,0 +1,139 @@
+#include "kernels/merge_states.h"
+#include "runtime/runtime.h"
+#include "runtime/sequence_state.h"
+
+#include <algorithm>
+#include <cmath>
+
+// What a step does about the tokens that it does not attend: estimate them where that has been
+// measured to help, and measure it now and then.
+
+namespace kvtier {
+namespace {
+
+double squared_length(std::span<const float> row) {
+  double sum = 0;
+  for (float value : row) sum += double{value} * double{value};
+  return sum;
+}
+
+/// Squared distance relative to the squared length of `exact`.
+double squared_error(std::span<const float> row, std::span<const float> exact) {
+  double sum = 0;
+  for (std::size_t i = 0; i < row.size(); ++i) {
+    const double difference = double{row[i]} - double{exact[i]};
+    sum += difference * difference;
+  }
+  const double length = squared_length(exact);
+  if (length > 0) return sum / length;
+  return sum > 0 ? 1.0 : 0.0;
+}
+
+}  // namespace
+
+bool Sequence::State::may_estimate(LayerIndex layer) const {
+  return runtime.options.estimate_rest != EstimateRest::kNever &&
+         selectors[layer.value]->estimates_rest();
+}
+
+void Sequence::State::grow_rest(std::size_t rows) {
+  const std::size_t values = rows * runtime.layout.value_dim();
+  if (rest_lse.size() >= rows) return;
+  rest_out.resize(values);
+  rest_lse.resize(rows);
+  exact_out.resize(values);
+  exact_lse.resize(rows);
+  attended_out.resize(values);
+  attended_lse.resize(rows);
+}
+
+// `request.out` and `request.lse` hold attention over what was chosen. Afterwards they hold the
+// step's answer, and attended_* what they held before.
+Status Sequence::State::add_rest(const StepRequest& request, const SelectRequest& question) {
+  const std::size_t heads = runtime.options.query_heads;
+  const std::size_t rows = request.query_count * heads;
+  const std::uint32_t dim = runtime.layout.value_dim();
+  grow_rest(queries_of_step * heads);
+  RestChoice& choice = rest_choices[request.layer.value];
+  const bool measured = runtime.options.estimate_rest == EstimateRest::kMeasured;
+  KVTIER_RETURN_IF_ERROR(selectors[request.layer.value]->estimate_rest(
+      question, selections, {rest_out.data(), rest_lse.data()},
+      runtime.environment.device->workers()));
+  const StatesView before = attended_states();
+  std::copy_n(request.out, rows * dim, before.out);
+  std::copy_n(request.lse, rows, before.lse);
+  if (measured && choice.begin_step()) measure_rest(request);
+  for (std::size_t row = 0; row < rows; ++row) {
+    if (measured && !choice.takes_estimate(static_cast<std::uint32_t>(row % heads))) continue;
+    ++report_estimates.rows;
+    merge_states({request.out + row * dim, request.lse + row},
+                 {rest_out.data() + row * dim, rest_lse.data() + row}, 1, dim);
+  }
+  if (!runtime.options.sink_logits.empty()) {
+    StepRequest attended_alone = request;
+    attended_alone.out = before.out;
+    attended_alone.lse = before.lse;
+    finish_outputs(attended_alone);
+  }
+  return {};
+}
+
+StatesView Sequence::State::attended_states() {
+  const std::size_t row = std::size_t{pass.first_query} * runtime.options.query_heads;
+  return {attended_out.data() + row * runtime.layout.value_dim(), attended_lse.data() + row};
+}
+
+// Attends everything that was not chosen, into exact_*, and compares. A block that cannot be had
+// spoils the measurement, not the step, which did not ask for it.
+void Sequence::State::measure_rest(const StepRequest& request) {
+  const std::size_t heads = runtime.options.query_heads;
+  const std::size_t rows = request.query_count * heads;
+  const std::uint32_t dim = runtime.layout.value_dim();
+  ++runtime.steps_measured;
+  report_estimates.measured = true;
+  plan_complement(request);
+  StepRequest others = request;
+  others.out = exact_out.data();
+  others.lse = exact_lse.data();
+  measuring = true;
+  StepTiming timing;
+  const Status status = run_waves(others, timing);
+  measuring = false;
+  failures.clear();
+  if (!status.ok()) return;
+  const StatesView before = attended_states();
+  merge_states({exact_out.data(), exact_lse.data()}, before, rows, dim);
+  error_without.assign(heads, 0.0);
+  error_with.assign(heads, 0.0);
+  for (std::size_t row = 0; row < rows; ++row) {
+    const std::span<const float> exact(exact_out.data() + row * dim, dim);
+    const std::span<const float> without(before.out + row * dim, dim);
+    error_without[row % heads] += squared_error(without, exact);
+    // Merged where the answer will stand, which is then put back.
+    const std::span<float> with(request.out + row * dim, dim);
+    merge_states({with.data(), request.lse + row},
+                 {rest_out.data() + row * dim, rest_lse.data() + row}, 1, dim);
+    error_with[row % heads] += squared_error(with, exact);
+    std::ranges::copy(without, with.begin());
+    request.lse[row] = before.lse[row];
+  }
+  rest_choices[request.layer.value].learn(error_without, error_with);
+}
+
+// The far tokens that this pass does not attend.
+void Sequence::State::plan_complement(const StepRequest& request) {
+  work.clear();
+  std::size_t next = pass.first_range;
+  for (Stream& stream : streams_of(request.layer)) {
+    std::uint32_t position = 0;
+    for (; next < attended.size() && attended[next].head_group == stream.head_group; ++next) {
+      const AttendedRange& range = attended[next];
+      const std::uint32_t begin = runtime.layout.first_token(range.block) + range.first_token;
+      add_tokens(stream, position, begin);
+      position = begin + range.tokens;
+    }
+    add_tokens(stream, position, pass.end);
+  }
+}
+
+}  // namespace kvtier
