@@ -95,7 +95,9 @@ TEST_F(ReplayOptionsTest, FilesThatCannotBeWrittenAreFoundBeforeTheRun) {
     }
   }
   const std::string path = folder_.path() / "same";
+  const std::string same_file = folder_.path() / "." / "same";
   expect_refused({"--output", path, "--timeline", path}, {"--timeline", path});
+  expect_refused({"--output", path, "--timeline", same_file}, {"--timeline", same_file});
   EXPECT_FALSE(std::filesystem::exists(path));
 }
 

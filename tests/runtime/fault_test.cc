@@ -102,7 +102,7 @@ TEST_P(Faults, NoWrongBlock) {
   EXPECT_GE(campaign.fetches_min, kFetches);
   // And a few whose disk fills up on the way: they end where nothing can be written any more.
   for (std::uint64_t seed = 1; seed <= 5; ++seed) {
-    run_seed(1'000'000 + 10 * seed + GetParam(), VerifyMode::kArrivals, 500, campaign, 0.02);
+    run_seed(1'000'000 + 10 * seed + GetParam(), VerifyMode::kArrivals, 500, campaign, 0.1);
     ASSERT_EQ(campaign.wrong_blocks, 0u) << "seed " << seed << " of a full disk";
   }
   EXPECT_EQ(campaign.unnamed_failures, 0u);
