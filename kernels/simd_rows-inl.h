@@ -27,9 +27,12 @@ inline constexpr bool kNeedsTail = kLanes > kDimMultiple;
 static_assert(kLanes <= 2 * kDimMultiple, "a row's tail is at most one half vector");
 
 /// Rows of queries whose accumulators, four tokens each, stay in registers with four vectors of
-/// keys: 6 * 4 + 4 + 1 of 32 registers, 3 * 4 + 4 of 16. Fewer where nobody waits for speed, since
-/// every number of rows is compiled for every type.
-#if HWY_TARGET <= HWY_AVX3 || HWY_ARCH_ARM
+/// keys: 7 * 4 + 4 of 32 registers where an operand may come from memory, otherwise 6 * 4 + 4 + 1,
+/// and 3 * 4 + 4 of 16. Fewer where nobody waits for speed, since every number of rows is compiled
+/// for every type.
+#if HWY_TARGET <= HWY_AVX3
+inline constexpr std::size_t kRegisterRows = 7;
+#elif HWY_ARCH_ARM
 inline constexpr std::size_t kRegisterRows = 6;
 #elif HWY_TARGET == HWY_AVX2
 inline constexpr std::size_t kRegisterRows = 3;

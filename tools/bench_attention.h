@@ -16,7 +16,8 @@ struct BenchAttentionOptions {
   /// Every figure is the median of as many interleaved repetitions.
   unsigned repetitions = 7;
   std::vector<unsigned> threads = {1, 2};
-  /// Memory that blocks lie in at random places. Larger than the last-level cache for cold figures.
+  /// Memory that blocks lie in, in order and at random places. Larger than the last-level cache for
+  /// cold figures.
   std::size_t region_bytes = std::size_t{1} << 30;
   /// Bytes that one repetition reads at least, spread over the region.
   std::size_t bytes_per_repetition = std::size_t{192} << 20;
