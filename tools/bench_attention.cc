@@ -4,13 +4,13 @@
 #include "memory/dtype.h"
 #include "memory/region.h"
 #include "tools/bench_attention_report.h"
+#include "tools/bench_clock.h"
 #include "tools/bench_reads.h"
 #include "tools/bench_torch_peer.h"
 
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <iterator>
@@ -28,12 +28,6 @@ constexpr BenchShape kShapes[] = {{64, 3, 3, 2048},  {64, 3, 3, 16384},  {64, 3,
                                   {64, 7, 2, 2048},  {64, 7, 2, 16384},  {64, 7, 1, 131072},
                                   {128, 4, 8, 2048}, {128, 4, 2, 16384}, {128, 4, 1, 131072},
                                   {128, 7, 4, 2048}, {128, 7, 2, 16384}, {128, 7, 1, 131072}};
-
-double seconds_of(const auto& body) {
-  const auto begin = std::chrono::steady_clock::now();
-  body();
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-}
 
 /// Fills memory with float16 numbers in [-1, 1].
 void fill_f16(std::span<std::byte> bytes) {

@@ -1,6 +1,8 @@
 // kvtier bench: how fast one part runs, against what the machine gives.
 
+#include "selectors/registry.h"
 #include "tools/bench_attention.h"
+#include "tools/bench_select.h"
 #include "tools/cli/options.h"
 #include "tools/cli/verbs.h"
 
@@ -50,6 +52,42 @@ void add_attention(CLI::App& bench, ExitCode& exit_code) {
       [options, &exit_code] { exit_code = static_cast<ExitCode>(run_bench_attention(*options)); });
 }
 
+Result<std::uint32_t> parse_tokens(std::string_view text) {
+  const Result<std::uint64_t> count = parse_count(text);
+  if (count.ok() && *count >= 1024 && *count <= (1u << 24)) {
+    return static_cast<std::uint32_t>(*count);
+  }
+  return invalid_argument(
+      fmt::format("found '{}', expected a whole number from 1024 to {}", text, 1u << 24));
+}
+
+Result<std::string> parse_selector(std::string_view text) {
+  if (text == "all") return std::string(text);
+  const auto factory = make_selector_factory(text);
+  if (!factory.ok()) return factory.status();
+  return std::string(text);
+}
+
+void add_select(CLI::App& bench, ExitCode& exit_code) {
+  auto options = std::make_shared<BenchSelectOptions>();
+  CLI::App* verb = bench.add_subcommand(
+      "select", "What choosing blocks costs, as a share of exact attention over all of them");
+  verb->add_option("--format", options->format, "table or json (default: table)")
+      ->check(CLI::IsMember({"table", "json"}))
+      ->type_name("");
+  add_values(*verb, "--selector", options->selectors, parse_selector,
+             "Selectors, as listed by `kvtier selectors`, or all", "all");
+  add_values(*verb, "--tokens", options->tokens, parse_tokens, "Lengths of the context", "131072");
+  add_value(*verb, "--threads", options->threads, parse_positive, "Threads", "2");
+  add_value(*verb, "--steps", options->steps, parse_positive, "Steps measured", "7");
+  verb->footer(
+      "Examples:\n"
+      "  kvtier bench select\n"
+      "  kvtier bench select --selector chunk-tree,mean --tokens 8192,131072");
+  verb->callback(
+      [options, &exit_code] { exit_code = static_cast<ExitCode>(run_bench_select(*options)); });
+}
+
 }  // namespace
 
 void add_bench(CLI::App& app, ExitCode& exit_code) {
@@ -58,8 +96,9 @@ void add_bench(CLI::App& app, ExitCode& exit_code) {
   verb->footer(
       "Examples:\n"
       "  kvtier bench attention\n"
-      "  kvtier bench attention --help");
+      "  kvtier bench select --help");
   add_attention(*verb, exit_code);
+  add_select(*verb, exit_code);
 }
 
 }  // namespace kvtier
