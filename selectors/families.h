@@ -69,5 +69,6 @@ const SelectorFamily& mean_family();
 const SelectorFamily& oracle_family();
 const SelectorFamily& recency_family();
 const SelectorFamily& random_family();
+const SelectorFamily& scan_family();
 
 }  // namespace kvtier
