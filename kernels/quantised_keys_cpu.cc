@@ -13,6 +13,7 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/quantised_keys_cpu.cc"
 #include <hwy/foreach_target.h>
+#include <hwy/cache_control.h>
 #include <hwy/highway.h>
 #include <hwy/contrib/math/math-inl.h>
 #include "kernels/simd_rows-inl.h"
@@ -46,6 +47,8 @@ struct FoldedQuery {
 /// What one call of the inner loop scores.
 struct TileJob {
   const CodeLine* tiles = nullptr;
+  /// What is read next, to be fetched meanwhile: the same tiles of the next run, or these again.
+  const CodeLine* next = nullptr;
   std::size_t tile_lines = 0;
   const FoldedQuery* queries = nullptr;
   float* logits = nullptr;
@@ -114,8 +117,11 @@ HWY_INLINE void score_part(const TileJob& job, std::size_t part) {
       const CodeLine& codes = job.tiles[t * job.tile_lines + line];
       words[t] = hn::Load(
           dw, reinterpret_cast<const std::uint16_t*>(codes.bytes) + part * hn::MaxLanes(dw));
+      // Tiles side by side are more streams than the hardware follows by itself.
+      if (part == 0) hwy::Prefetch(job.next + t * job.tile_lines + line);
     }
-    HWY_UNROLL(8)
+    // Unrolled, compilers move the masks of all pairs to the front and the sums to memory.
+    HWY_UNROLL(1)
     for (std::size_t n = 0; n < kPairs; ++n) {
       WordVec codes[kTiles];
       for (std::size_t t = 0; t < kTiles; ++t) {
@@ -254,6 +260,7 @@ void score_run(const TileJob& job, unsigned tiles) {
   for (std::size_t t = 0; t < KeyCodes::kRunTiles;) {
     TileJob part = job;
     part.tiles += t * job.tile_lines;
+    part.next += t * job.tile_lines;
     part.logits += t * KeyCodes::kTileTokens;
     if (t % kTileStep == 0 && ((tiles >> t) & kStepMask) == kStepMask) {
       score_tiles<kBits, kRows, kTileStep>(part);
@@ -353,7 +360,14 @@ void score_coded_runs(const SoftmaxOptions& softmax, const CodedTask& task) {
       for (std::size_t q = 0; q < count; ++q) {
         fold_query(codes, softmax.scale, scales, padded + q * stride, folded[q]);
       }
-      const TileJob job{run, codes.tile_lines(), folded,
+      const CodeLine* next = r + 1 < task.run_count ? run + codes.run_lines() : run;
+      for (std::size_t i = KeyCodes::kRunTiles * codes.tile_lines(); i < codes.run_lines(); ++i) {
+        hwy::Prefetch(next + i);
+      }
+      const TileJob job{run,
+                        next,
+                        codes.tile_lines(),
+                        folded,
                         task.logits + first * task.logit_stride + r * KeyCodes::kRunTokens,
                         task.logit_stride};
       with_constant<kCodedRows>(count, [&](auto rows) HWY_ATTR {

@@ -68,7 +68,7 @@ class TokenScores {
   Status score_exact(const SelectRequest& request, const CodedKeys& keys, WorkerPool& pool);
 
  private:
-  static constexpr std::uint32_t kSliceTokens = 512;
+  static constexpr std::uint32_t kSliceTokens = 1024;
   /// Queries whose logits of a slice lie on the stack together.
   static constexpr std::uint32_t kPieceRows = 8;
 
