@@ -2,6 +2,7 @@
 #include "kernels/merge_states.h"
 #include "kernels/score_rows.h"
 #include "kernels/top_k.h"
+#include "kernels/weighted_rows.h"
 #include "memory/dtype.h"
 
 #include <algorithm>
@@ -64,6 +65,19 @@ void score_rows_reference(const SoftmaxOptions& softmax, const ScoreTask& task) 
         logit = double{softmax.logit_cap} * std::tanh(logit / double{softmax.logit_cap});
       }
       task.logits[q * task.logit_stride + r] = static_cast<float>(logit);
+    }
+  }
+}
+
+void sum_weighted_rows_reference(const WeightedRows& task) {
+  for (std::size_t s = 0; s < task.sums; ++s) {
+    for (std::size_t i = 0; i < task.rows.dim; ++i) {
+      double sum = 0.0;
+      for (std::size_t r = 0; r < task.rows.rows; ++r) {
+        sum += double{task.weights[s * task.weight_stride + r]} *
+               double{load_element(task.rows.row(r), task.rows.dtype, i)};
+      }
+      task.target[s * task.target_stride + i] = static_cast<float>(sum);
     }
   }
 }

@@ -254,6 +254,21 @@ Status check_score_task(const ScoreTask& task) {
   return {};
 }
 
+/// Sixteen at a time: compilers do not reorder the comparisons of one long chain.
+float largest_of(std::span<const float> values) {
+  constexpr std::size_t kAtOnce = 16;
+  float tops[kAtOnce];
+  std::fill_n(tops, kAtOnce, values[0]);
+  std::size_t i = 0;
+  for (; i + kAtOnce <= values.size(); i += kAtOnce) {
+    for (std::size_t k = 0; k < kAtOnce; ++k) {
+      tops[k] = tops[k] < values[i + k] ? values[i + k] : tops[k];
+    }
+  }
+  for (; i < values.size(); ++i) tops[0] = std::max(tops[0], values[i]);
+  return *std::max_element(tops, tops + kAtOnce);
+}
+
 std::size_t group_count(const RowsView& rows, std::uint32_t rows_per_group) {
   KVTIER_CHECK(rows_per_group > 0 && rows.dim <= kMaxMeanDim, "groups of {} rows of {}",
                rows_per_group, rows.dim);
@@ -286,7 +301,7 @@ Status score_rows(const SoftmaxOptions& softmax, std::span<const ScoreTask> task
 
 float softmax_row(std::span<float> logits) {
   if (logits.empty()) return kEmptyLse;
-  const float top = *std::max_element(logits.begin(), logits.end());
+  const float top = largest_of(logits);
   if (top == kEmptyLse) {
     // Every token is masked: no weights, rather than not-a-number.
     std::fill(logits.begin(), logits.end(), 0.0f);

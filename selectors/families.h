@@ -69,5 +69,7 @@ const SelectorFamily& mean_family();
 const SelectorFamily& oracle_family();
 const SelectorFamily& recency_family();
 const SelectorFamily& random_family();
+const SelectorFamily& scan_family();
+const SelectorFamily& two_stage_family();
 
 }  // namespace kvtier

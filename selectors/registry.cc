@@ -15,6 +15,8 @@ namespace {
 std::span<const SelectorFamily* const> families() {
   static const SelectorFamily* const kFamilies[] = {// Landmarks.
                                                     &mean_family(),
+                                                    // Quantised keys.
+                                                    &scan_family(), &two_stage_family(),
                                                     // Baselines.
                                                     &oracle_family(), &recency_family(),
                                                     &random_family()};

@@ -1,0 +1,478 @@
+#include "selectors/token_scores.h"
+
+#include "kernels/score_rows.h"
+#include "kernels/weighted_rows.h"
+#include "selectors/rank_blocks.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+namespace kvtier {
+namespace {
+
+float sum_of(std::span<const float> values) {
+  return std::accumulate(values.begin(), values.end(), 0.0f);
+}
+
+/// Sums of `kTokens` neighbours each, by halves: the additions of a sum do not wait in one queue.
+template <std::uint32_t kTokens>
+void add_whole_cells(const float* weights, std::size_t count, float* target) {
+  for (std::size_t i = 0; i < count; ++i, weights += kTokens) {
+    float sums[kTokens];
+    std::copy_n(weights, kTokens, sums);
+    for (std::uint32_t half = kTokens / 2; half > 0; half /= 2) {
+      for (std::uint32_t k = 0; k < half; ++k) sums[k] += sums[k + half];
+    }
+    target[i] = sums[0];
+  }
+}
+
+/// target[cell] = sum of its weights, for tokens from `begin` on; the first and the last cell may
+/// be cut.
+void add_cells(std::span<const float> weights, std::uint32_t begin, std::uint32_t cell_tokens,
+               float* target) {
+  const std::uint32_t cell = begin / cell_tokens;
+  const std::size_t before =
+      std::min<std::size_t>(weights.size(), (cell + 1) * cell_tokens - begin);
+  target[cell] = sum_of(weights.first(before));
+  const float* whole = weights.data() + before;
+  const std::size_t count = (weights.size() - before) / cell_tokens;
+  target += cell + 1;
+  switch (cell_tokens) {
+    case 1: std::copy_n(whole, count, target); break;
+    case 2: add_whole_cells<2>(whole, count, target); break;
+    case 4: add_whole_cells<4>(whole, count, target); break;
+    case 8: add_whole_cells<8>(whole, count, target); break;
+    default:
+      for (std::size_t i = 0; i < count; ++i) {
+        float sum = 0.0f;
+        for (std::uint32_t k = 0; k < cell_tokens; k += 8) {
+          float eight;
+          add_whole_cells<8>(whole + i * cell_tokens + k, 1, &eight);
+          sum += eight;
+        }
+        target[i] = sum;
+      }
+  }
+  const std::size_t after = before + count * cell_tokens;
+  if (after < weights.size()) {
+    target[count] = sum_of(weights.subspan(after));
+  }
+}
+
+}  // namespace
+
+TokenScores::TokenScores(const SelectorShape& shape, std::uint32_t runs_max,
+                         std::uint32_t value_tokens)
+    : shape_(shape),
+      value_tokens_(value_tokens),
+      cell_tokens_(
+          std::gcd(shape.tokens_per_block, value_tokens == 0 ? kSliceTokens : value_tokens)),
+      cells_max_(shape.tokens_max / cell_tokens_ + 1),
+      slices_max_(shape.tokens_max / kSliceTokens + 1),
+      groups_max_(value_tokens == 0 ? 0 : shape.tokens_max / value_tokens + 1),
+      sink_logits_(shape, shape.kv_heads, std::min(shape.sinks, shape.tokens_max)),
+      open_logits_(shape, shape.kv_heads, KeyCodes::kRunTokens),
+      views_(shape.kv_heads),
+      task_finite_(std::size_t{shape.kv_heads} * slices_max_),
+      logits_(shape.reduction == GroupReduction::kMean ? std::size_t{shape.kv_heads} * cells_max_
+                                                       : 0),
+      block_scores_(shape.head_groups()),
+      head_scores_(shape.head_groups()),
+      order_(shape.head_groups()),
+      chosen_(value_tokens == 0 ? 0 : shape.head_groups()) {
+  KVTIER_CHECK(value_tokens == 0 || kSliceTokens % value_tokens == 0,
+               "value groups of {} tokens, expected a power of two up to {}", value_tokens,
+               kSliceTokens);
+  KVTIER_CHECK(runs_max <= shape.tokens_max / KeyCodes::kRunTokens, "{} runs of {} tokens",
+               runs_max, shape.tokens_max);
+  const std::size_t blocks_max = shape.tokens_max / shape.tokens_per_block + 1;
+  for (std::uint32_t i = 0; i < shape.head_groups(); ++i) {
+    block_scores_[i].resize(blocks_max);
+    head_scores_[i].resize(blocks_max);
+    order_[i].resize(blocks_max);
+  }
+  for (std::vector<std::uint8_t>& chosen : chosen_) chosen.resize(cells_max_);
+}
+
+void TokenScores::reserve_rows(std::uint32_t rows) {
+  rows_ = rows;
+  if (rows <= rows_max_) return;
+  rows_max_ = rows;
+  const std::size_t all = std::size_t{shape_.kv_heads} * rows;
+  packed_ = FixedArray<float>(all * shape_.head_dim);
+  cells_ = FixedArray<float>(all * cells_max_);
+  slices_ = FixedArray<float>(all * slices_max_);
+  lse_ = FixedArray<float>(all);
+  rest_ = FixedArray<float>(all * groups_max_);
+}
+
+/// The queries of one KV head side by side: row = query * queries_per_kv_head + query head.
+void TokenScores::pack_queries(const SelectRequest& request) {
+  const std::size_t of_head = std::size_t{shape_.queries_per_kv_head} * shape_.head_dim;
+  for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
+    for (std::uint32_t q = 0; q < request.query_count; ++q) {
+      std::copy_n(request.queries + q * request.query_stride + head * of_head, of_head,
+                  packed_.data() + row_index(head, 0) * shape_.head_dim + q * of_head);
+    }
+  }
+}
+
+Status TokenScores::score_exact(const SelectRequest& request, const CodedKeys& keys,
+                                WorkerPool& pool) {
+  const std::uint32_t visible =
+      std::min(request.first_position + request.query_count, keys.tokens());
+  for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) views_[head] = keys.sinks(head);
+  sink_count_ = static_cast<std::uint32_t>(views_[0].rows);
+  KVTIER_RETURN_IF_ERROR(sink_logits_.compute(request, 0, views_, pool));
+  open_first_ = keys.coded_tokens();
+  if (visible <= open_first_) return {};
+  for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
+    views_[head] = keys.open(head, visible);
+  }
+  return open_logits_.compute(request, 0, views_, pool);
+}
+
+Status TokenScores::compute(const SelectRequest& request, const CodedKeys& keys,
+                            const CoarseTokens* coarse, WorkerPool& pool) {
+  region_ = FarRegion::of(shape_, request.first_position);
+  KVTIER_CHECK(region_.end <= keys.tokens(), "tokens to {} are to be ranked, {} were appended",
+               region_.end, keys.tokens());
+  visible_ = std::min(request.first_position + request.query_count, keys.tokens());
+  reserve_rows(request.query_count * shape_.queries_per_kv_head);
+  pack_queries(request);
+  if (coarse == nullptr) KVTIER_RETURN_IF_ERROR(score_exact(request, keys, pool));
+  slice_count_ = (visible_ + kSliceTokens - 1) / kSliceTokens;
+  const std::uint32_t tasks = shape_.kv_heads * slice_count_;
+  Step step{request, keys, coarse};
+  // Two pointers: small enough that std::function keeps them without allocating.
+  pool.run(tasks,
+           [this, &step](std::size_t i) { weigh_slice(step, static_cast<std::uint32_t>(i)); });
+  for (std::uint32_t i = 0; i < tasks; ++i) {
+    if (task_finite_[i] != 0) continue;
+    return invalid_argument(fmt::format("scores of KV head {} at position {} overflow float32",
+                                        i / slice_count_, request.first_position));
+  }
+  pool.run(shape_.kv_heads, [this](std::size_t head) {
+    for (std::uint32_t row = 0; row < rows_; ++row)
+      scale_row(static_cast<std::uint32_t>(head), row);
+  });
+  return {};
+}
+
+void TokenScores::weigh_slice(const Step& step, std::uint32_t task) {
+  alignas(64) float logits[kPieceRows * kSliceTokens];
+  const std::uint32_t first = task % slice_count_ * kSliceTokens;
+  Piece piece{.head = task / slice_count_,
+              .first_token = first,
+              .end_token = std::min(first + kSliceTokens, visible_),
+              .logits = logits};
+  if (shape_.reduction == GroupReduction::kMean) {
+    const std::size_t cell = first / cell_tokens_;
+    std::fill_n(logits_.data() + piece.head * std::size_t{cells_max_} + cell,
+                std::min<std::size_t>(kSliceTokens / cell_tokens_, cells_max_ - cell), 0.0f);
+  }
+  bool finite = true;
+  for (std::uint32_t row = 0; row < rows_; row += kPieceRows) {
+    piece.first_row = row;
+    piece.rows = std::min(kPieceRows, rows_ - row);
+    fill_logits(step, piece);
+    for (std::uint32_t r = 0; r < piece.rows; ++r) finite = weigh_row(step, piece, r) && finite;
+  }
+  task_finite_[task] = finite ? 1 : 0;
+}
+
+void TokenScores::fill_logits(const Step& step, const Piece& piece) {
+  const CodedKeys& keys = step.keys;
+  const std::uint32_t first_run = piece.first_token / KeyCodes::kRunTokens;
+  const std::uint32_t end_run =
+      std::min(keys.runs(), (piece.end_token + KeyCodes::kRunTokens - 1) / KeyCodes::kRunTokens);
+  if (first_run < end_run) {
+    const std::uint8_t* tiles = nullptr;
+    if (step.coarse != nullptr) {
+      tiles = step.coarse->tiles[piece.head / shape_.heads_per_group].data() + first_run;
+      fill_coarse(step, piece, tiles, end_run - first_run);
+    }
+    score_codes(
+        shape_.softmax,
+        {.codes = keys.codes(),
+         .runs = keys.run(piece.head, first_run),
+         .run_count = end_run - first_run,
+         .tiles = tiles,
+         .queries = packed_.data() + row_index(piece.head, piece.first_row) * shape_.head_dim,
+         .query_stride = shape_.head_dim,
+         .query_count = piece.rows,
+         .logits = piece.logits,
+         .logit_stride = kSliceTokens});
+  }
+  const std::uint32_t sinks_end = std::min(sink_count_, piece.end_token);
+  const std::uint32_t open_first = std::max(open_first_, piece.first_token);
+  for (std::uint32_t r = 0; r < piece.rows; ++r) {
+    float* logits = piece.logits + r * kSliceTokens;
+    const std::uint32_t row = piece.first_row + r;
+    if (piece.first_token < sinks_end) {
+      const std::span<const float> exact = sink_logits_.row(piece.head, row, sink_count_);
+      std::ranges::copy(exact.subspan(piece.first_token, sinks_end - piece.first_token), logits);
+    }
+    if (open_first < piece.end_token) {
+      const std::span<const float> exact =
+          open_logits_.row(piece.head, row, visible_ - open_first_);
+      std::ranges::copy(exact.subspan(open_first - open_first_, piece.end_token - open_first),
+                        logits + (open_first - piece.first_token));
+    }
+  }
+}
+
+/// Gives the tokens of tiles that are not scored the logit of their group.
+void TokenScores::fill_coarse(const Step& step, const Piece& piece, const std::uint8_t* tiles,
+                              std::uint32_t runs) {
+  const std::uint32_t per_group = step.coarse->group_tokens;
+  for (std::uint32_t r = 0; r < piece.rows; ++r) {
+    const std::span<const float> groups =
+        step.coarse->logits->row(piece.head, piece.first_row + r, step.coarse->groups);
+    float* logits = piece.logits + r * kSliceTokens;
+    for (std::uint32_t tile = 0; tile < runs * KeyCodes::kRunTiles; ++tile) {
+      if ((tiles[tile / KeyCodes::kRunTiles] >> tile % KeyCodes::kRunTiles) & 1) continue;
+      const std::uint32_t end = (tile + 1) * KeyCodes::kTileTokens;
+      for (std::uint32_t t = tile * KeyCodes::kTileTokens; t < end;) {
+        const std::uint32_t group = (piece.first_token + t) / per_group;
+        const std::uint32_t next = std::min(end, (group + 1) * per_group - piece.first_token);
+        // The last run can reach beyond what the queries see, and so beyond the groups.
+        const float logit = group < groups.size() ? groups[group] : 0.0f;
+        std::fill(logits + t, logits + next, logit);
+        t = next;
+      }
+    }
+  }
+}
+
+/// Turns a row of logits into weights and adds them up per cell. False if one is not finite.
+bool TokenScores::weigh_row(const Step& step, const Piece& piece, std::uint32_t r) {
+  const std::uint32_t row = piece.first_row + r;
+  float& lse = slice_scales(piece.head, row)[piece.first_token / kSliceTokens];
+  // Causality: a draft's earlier query does not see the later tokens.
+  const std::uint32_t query = row / shape_.queries_per_kv_head;
+  const std::uint32_t sees = std::min(step.request.first_position + query + 1, piece.end_token);
+  if (sees <= piece.first_token) {
+    lse = kEmptyLse;
+    return true;
+  }
+  const std::span logits(piece.logits + r * kSliceTokens, sees - piece.first_token);
+  if (!all_finite(logits)) return false;
+  const std::uint32_t begin = std::max(piece.first_token, region_.begin);
+  const std::uint32_t end = std::min(piece.end_token, region_.end);
+  if (shape_.reduction == GroupReduction::kMean) {
+    float* sums = logits_.data() + piece.head * std::size_t{cells_max_};
+    for (std::uint32_t t = begin; t < end; ++t) {
+      sums[t / cell_tokens_] += logits[t - piece.first_token];
+    }
+  }
+  lse = softmax_row(logits);
+  if (begin < end) {
+    add_cells(logits.subspan(begin - piece.first_token, end - begin), begin, cell_tokens_,
+              cells(piece.head, row));
+  }
+  return true;
+}
+
+/// From the slices' log-sum-exps to what their weights are multiplied with.
+void TokenScores::scale_row(std::uint32_t head, std::uint32_t row) {
+  const std::span slices(slice_scales(head, row), slice_count_);
+  const float top = *std::ranges::max_element(slices);
+  double sum = 0.0;
+  for (float lse : slices) sum += std::exp(double{lse} - double{top});
+  const double total = double{top} + std::log(sum);
+  for (float& lse : slices) lse = static_cast<float>(std::exp(double{lse} - total));
+  lse_[row_index(head, row)] = static_cast<float>(total);
+}
+
+Status TokenScores::rank(const SelectRequest& request, std::span<GroupSelection> selection,
+                         WorkerPool& pool) {
+  struct Ranking {
+    const SelectRequest& request;
+    std::span<GroupSelection> selection;
+  } ranking{request, selection};
+  pool.run(selection.size(), [this, &ranking](std::size_t i) {
+    score_group(static_cast<std::uint32_t>(i));
+    const std::span scores(block_scores_[i].data(), block_count(region_, shape_.tokens_per_block));
+    if (!all_finite(scores)) return;
+    rank_blocks({.scores = scores,
+                 .always = {},
+                 .region = region_,
+                 .tokens_per_block = shape_.tokens_per_block,
+                 .far_budget_tokens = far_budget_tokens(shape_, ranking.request),
+                 .band_tokens = ranking.request.band_tokens},
+                order_[i], ranking.selection[i]);
+    if (shape_.reduction != GroupReduction::kMean) {
+      ranking.selection[i].mass = sum_of(scores);
+    }
+  });
+  for (std::size_t i = 0; i < selection.size(); ++i) {
+    const std::size_t blocks = block_count(region_, shape_.tokens_per_block);
+    if (all_finite(std::span(block_scores_[i].data(), blocks))) continue;
+    return invalid_argument(fmt::format("scores of head group {} at position {} overflow float32",
+                                        i, request.first_position));
+  }
+  return {};
+}
+
+void TokenScores::score_group(std::uint32_t group) {
+  const std::size_t blocks = block_count(region_, shape_.tokens_per_block);
+  const std::span scores(block_scores_[group].data(), blocks);
+  if (shape_.reduction == GroupReduction::kMean) return mean_logits(group, scores);
+  const std::span head_scores(head_scores_[group].data(), blocks);
+  std::ranges::fill(scores, 0.0f);
+  const bool largest = shape_.reduction == GroupReduction::kMax;
+  for (std::uint32_t i = 0; i < shape_.heads_per_group; ++i) {
+    const std::uint32_t head = group * shape_.heads_per_group + i;
+    for (std::uint32_t h = 0; h < shape_.queries_per_kv_head; ++h) {
+      // Added over the queries of a head, then reduced over the heads.
+      if (largest) std::ranges::fill(head_scores, 0.0f);
+      for (std::uint32_t row = h; row < rows_; row += shape_.queries_per_kv_head) {
+        add_row(head, row, largest ? head_scores : scores);
+      }
+      if (!largest) continue;
+      for (std::size_t b = 0; b < blocks; ++b) scores[b] = std::max(scores[b], head_scores[b]);
+    }
+  }
+}
+
+void TokenScores::add_row(std::uint32_t head, std::uint32_t row, std::span<float> target) const {
+  if (target.empty()) return;
+  const float* weights = cells(head, row);
+  const float* scales = slice_scales(head, row);
+  const std::uint32_t per_block = shape_.tokens_per_block / cell_tokens_;
+  const std::uint32_t per_slice = kSliceTokens / cell_tokens_;
+  const std::uint32_t first_block = region_.begin / shape_.tokens_per_block;
+  const std::uint32_t end = (region_.end - 1) / cell_tokens_ + 1;
+  for (std::uint32_t cell = region_.begin / cell_tokens_; cell < end;) {
+    const std::uint32_t slice = cell / per_slice;
+    const std::uint32_t slice_end = std::min(end, (slice + 1) * per_slice);
+    const float scale = scales[slice];
+    if (per_block == 1) {
+      float* scores = target.data() - first_block;
+      for (; cell < slice_end; ++cell) scores[cell] += scale * weights[cell];
+      continue;
+    }
+    while (cell < slice_end) {
+      const std::uint32_t block = cell / per_block;
+      const std::uint32_t block_end = std::min(slice_end, (block + 1) * per_block);
+      float sum = 0.0f;
+      for (; cell < block_end; ++cell) sum += weights[cell];
+      target[block - first_block] += scale * sum;
+    }
+  }
+}
+
+void TokenScores::mean_logits(std::uint32_t group, std::span<float> target) const {
+  const std::uint32_t per_block = shape_.tokens_per_block;
+  std::uint32_t t = region_.begin;
+  for (float& score : target) {
+    const std::uint32_t begin = t;
+    const std::uint32_t end = std::min((t / per_block + 1) * per_block, region_.end);
+    const std::uint32_t last_cell = (end - 1) / cell_tokens_;
+    double sum = 0.0;
+    for (std::uint32_t i = 0; i < shape_.heads_per_group; ++i) {
+      const std::size_t head = std::size_t{group} * shape_.heads_per_group + i;
+      for (std::uint32_t cell = begin / cell_tokens_; cell <= last_cell; ++cell) {
+        sum += double{logits_[head * cells_max_ + cell]};
+      }
+    }
+    const double logits = double(end - begin) * double(rows_) * double(shape_.heads_per_group);
+    score = static_cast<float>(sum / logits);
+    t = end;
+  }
+}
+
+void TokenScores::mark_chosen(std::uint32_t group, const GroupSelection& selection) {
+  std::vector<std::uint8_t>& chosen = chosen_[group];
+  std::ranges::fill(chosen, std::uint8_t{0});
+  for (std::uint32_t i = 0; i < selection.chosen; ++i) {
+    const SelectedUnit& unit = selection.ranked[i];
+    const std::uint32_t begin = unit.block.value * shape_.tokens_per_block + unit.first_token;
+    const std::uint32_t end = begin + unit.tokens;
+    std::fill(chosen.begin() + begin / cell_tokens_,
+              chosen.begin() + ((end - 1) / cell_tokens_ + 1), std::uint8_t{1});
+  }
+}
+
+/// Sums the weights of cells that are not chosen per value group; returns their sum.
+double TokenScores::rest_of_row(std::uint32_t head, std::uint32_t row) {
+  const float* weights = cells(head, row);
+  const float* scales = slice_scales(head, row);
+  const std::vector<std::uint8_t>& chosen = chosen_[head / shape_.heads_per_group];
+  float* rest = rest_.data() + row_index(head, row) * groups_max_;
+  const std::uint32_t per_group = value_tokens_ / cell_tokens_;
+  const std::uint32_t end = (region_.end - 1) / cell_tokens_ + 1;
+  double sum = 0.0;
+  for (std::uint32_t cell = region_.begin / cell_tokens_; cell < end;) {
+    const std::uint32_t group = cell / per_group;
+    const std::uint32_t group_end = std::min(end, (group + 1) * per_group);
+    float of_group = 0.0f;
+    for (; cell < group_end; ++cell) of_group += chosen[cell] != 0 ? 0.0f : weights[cell];
+    of_group *= scales[group * value_tokens_ / kSliceTokens];
+    rest[group] = of_group;
+    sum += double{of_group};
+  }
+  return sum;
+}
+
+void TokenScores::estimate_head(const SelectRequest& request, const GroupRows& values,
+                                StatesView target, std::uint32_t head) {
+  const std::uint32_t first = region_.begin / value_tokens_;
+  const std::uint32_t count = (region_.end - 1) / value_tokens_ + 1 - first;
+  const std::uint32_t heads = shape_.queries_per_kv_head;
+  for (std::uint32_t q = 0; q < request.query_count; ++q) {
+    const std::size_t target_row =
+        std::size_t{q} * shape_.query_heads() + std::size_t{head} * heads;
+    for (std::uint32_t h = 0; h < heads; ++h) {
+      const std::uint32_t row = q * heads + h;
+      const double sum = rest_of_row(head, row);
+      const std::span rest(rest_.data() + row_index(head, row) * groups_max_ + first, count);
+      // Too little for float32 is nothing.
+      const float share = sum > 0.0 ? static_cast<float>(1.0 / sum) : 0.0f;
+      const bool empty = !(share > 0.0f && std::isfinite(share));
+      for (float& weight : rest) weight = empty ? 0.0f : weight * share;
+      target.lse[target_row + h] =
+          empty ? kEmptyLse
+                : static_cast<float>(double{lse_[row_index(head, row)]} + std::log(sum));
+    }
+    sum_weighted_rows({.rows = values.means(head, first, count),
+                       .weights = rest_.data() + row_index(head, q * heads) * groups_max_ + first,
+                       .weight_stride = groups_max_,
+                       .sums = heads,
+                       .target = target.out + target_row * shape_.value_dim,
+                       .target_stride = shape_.value_dim});
+  }
+}
+
+void TokenScores::estimate_rest(const SelectRequest& request,
+                                std::span<const GroupSelection> selection, GroupRows& values,
+                                StatesView target, WorkerPool& pool) {
+  const std::size_t rows = std::size_t{request.query_count} * shape_.query_heads();
+  const FarRegion region = FarRegion::of(shape_, request.first_position);
+  if (region.tokens() == 0) {
+    std::fill_n(target.out, rows * shape_.value_dim, 0.0f);
+    std::fill_n(target.lse, rows, kEmptyLse);
+    return;
+  }
+  KVTIER_CHECK(region.begin == region_.begin && region.end == region_.end &&
+                   rows_ == request.query_count * shape_.queries_per_kv_head,
+               "an estimate for the far tokens [{}, {}), scored were [{}, {})", region.begin,
+               region.end, region_.begin, region_.end);
+  values.record_open_group(region.end);
+  for (std::uint32_t i = 0; i < selection.size(); ++i) mark_chosen(i, selection[i]);
+  struct Job {
+    const SelectRequest& request;
+    const GroupRows& values;
+    StatesView target;
+  } job{request, values, target};
+  pool.run(shape_.kv_heads, [this, &job](std::size_t head) {
+    estimate_head(job.request, job.values, job.target, static_cast<std::uint32_t>(head));
+  });
+}
+
+}  // namespace kvtier
