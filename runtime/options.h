@@ -42,8 +42,8 @@ struct RuntimeOptions {
   std::uint32_t sinks = 4;    ///< First tokens, always attended and held on the device.
   std::uint32_t window = 64;  ///< Last tokens, likewise.
   EstimateRest estimate_rest = EstimateRest::kMeasured;
-  /// Most steps of a layer from one that is measured to the next; what a measurement reads is all
-  /// of the layer, so it costs as much as full attention.
+  /// Most steps of a layer from one that is measured to the next. A measurement reads a sample of
+  /// what was not chosen: some 2,048 tokens per head group.
   std::uint32_t measure_interval_max = 256;
 
   // How it moves.

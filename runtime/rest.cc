@@ -17,6 +17,10 @@ double squared_length(std::span<const float> row) {
   return sum;
 }
 
+/// Of what was not chosen, a measurement attends so many tokens per head group at least, if there
+/// are as many: evenly spread blocks that stand for the others.
+constexpr std::uint32_t kMeasuredTokens = 2048;
+
 /// Squared distance relative to the squared length of `exact`.
 double squared_error(std::span<const float> row, std::span<const float> exact) {
   double sum = 0;
@@ -83,8 +87,9 @@ StatesView Sequence::State::attended_states() {
   return {attended_out.data() + row * runtime.layout.value_dim(), attended_lse.data() + row};
 }
 
-// Attends everything that was not chosen, into exact_*, and compares. A block that cannot be had
-// spoils the measurement, not the step, which did not ask for it.
+// Attends a sample of what was not chosen, into exact_*, lets it stand for all of that, and
+// compares. Sampling adds the same error to both ways in the mean, so it does not favour one. A
+// block that cannot be had spoils the measurement, not the step, which did not ask for it.
 void Sequence::State::measure_rest(const StepRequest& request) {
   const std::size_t heads = runtime.options.query_heads;
   const std::size_t rows = request.query_count * heads;
@@ -101,6 +106,10 @@ void Sequence::State::measure_rest(const StepRequest& request) {
   measuring = false;
   failures.clear();
   if (!status.ok()) return;
+  for (std::size_t row = 0; row < rows; ++row) {
+    const std::size_t group = row % heads / runtime.heads_per_group();
+    exact_lse[row] += stands_for_log[group];
+  }
   const StatesView before = attended_states();
   merge_states({exact_out.data(), exact_lse.data()}, before, rows, dim);
   error_without.assign(heads, 0.0);
@@ -120,11 +129,15 @@ void Sequence::State::measure_rest(const StepRequest& request) {
   rest_choices[request.layer.value].learn(error_without, error_with);
 }
 
-// The far tokens that this pass does not attend.
+// Blocks of the tokens that this pass does not attend, every so many of them and others each time;
+// `stands_for_log` becomes the logarithm of how many tokens each of them stands for.
 void Sequence::State::plan_complement(const StepRequest& request) {
   work.clear();
+  stands_for_log.clear();
+  const std::uint32_t turn = rest_choices[request.layer.value].measurements();
   std::size_t next = pass.first_range;
   for (Stream& stream : streams_of(request.layer)) {
+    const std::size_t first = work.size();
     std::uint32_t position = 0;
     for (; next < attended.size() && attended[next].head_group == stream.head_group; ++next) {
       const AttendedRange& range = attended[next];
@@ -133,7 +146,27 @@ void Sequence::State::plan_complement(const StepRequest& request) {
       position = begin + range.tokens;
     }
     add_tokens(stream, position, pass.end);
+    stands_for_log.push_back(thin_out(first, turn));
   }
+}
+
+// Keeps every so many of the items from `first` on; returns the logarithm of all tokens over those
+// that are kept.
+float Sequence::State::thin_out(std::size_t first, std::uint32_t turn) {
+  std::uint64_t tokens = 0;
+  for (std::size_t i = first; i < work.size(); ++i) tokens += work[i].tokens;
+  const std::uint64_t stride = std::max<std::uint64_t>(1, tokens / kMeasuredTokens);
+  std::uint64_t kept_tokens = 0;
+  std::size_t kept = first;
+  for (std::size_t i = first; i < work.size(); ++i) {
+    if ((i - first + turn) % stride != 0) continue;
+    kept_tokens += work[i].tokens;
+    work[kept++] = work[i];
+  }
+  work.resize(kept);
+  if (kept_tokens == 0) return 0.0f;
+  return static_cast<float>(
+      std::log(static_cast<double>(tokens) / static_cast<double>(kept_tokens)));
 }
 
 }  // namespace kvtier

@@ -33,6 +33,7 @@ bool RestChoice::begin_step() {
 void RestChoice::learn(std::span<const double> without, std::span<const double> with) {
   KVTIER_CHECK(without.size() == without_.size() && with.size() == with_.size(),
                "{} and {} errors of {} heads", without.size(), with.size(), with_.size());
+  ++measurements_;
   for (std::size_t head = 0; head < with_.size(); ++head) {
     without_[head] = kDecay * without_[head] + without[head];
     with_[head] = kDecay * with_[head] + with[head];

@@ -10,10 +10,11 @@ namespace kvtier {
 /// not attended brings the output nearer to exact attention than leaving it out.
 ///
 /// Estimation is worth much in layers whose attention is peaked and harms flat ones, and no rule
-/// known beforehand tells which is which. So it is measured: on some steps the blocks that were not
-/// chosen are attended as well, and both ways are compared with the exact output. The first step of
-/// a layer is measured, then steps at growing distances (8, 16, ... `interval_max`), since heads
-/// keep their habits but texts change. Older measurements count half as much for each newer one.
+/// known beforehand tells which is which. So it is measured: on some steps a sample of the blocks
+/// that were not chosen is attended as well, and both ways are compared with the output that it
+/// leads to. The first step of a layer is measured, then steps at growing distances (8, 16, ...
+/// `interval_max`), since heads keep their habits but texts change. Older measurements count half
+/// as much for each newer one.
 ///
 /// A function of the steps alone. One thread at a time; allocates only when made.
 class RestChoice {
@@ -26,6 +27,8 @@ class RestChoice {
   /// What was measured, as squared distances from the exact output relative to its squared length,
   /// summed over the step's queries: per query head, without and with the estimate.
   void learn(std::span<const double> without, std::span<const double> with);
+  /// How many steps were measured so far.
+  std::uint32_t measurements() const { return measurements_; }
   /// Whether the output of a query head takes the estimate. False before anything is measured.
   bool takes_estimate(std::uint32_t head) const { return with_[head] < without_[head]; }
 
@@ -33,6 +36,7 @@ class RestChoice {
   std::uint32_t interval_max_ = 0;
   std::uint32_t interval_ = 0;
   std::uint32_t until_next_ = 0;
+  std::uint32_t measurements_ = 0;
   std::vector<double> without_;
   std::vector<double> with_;
 };

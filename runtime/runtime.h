@@ -83,7 +83,7 @@ struct StepReport {
   std::uint64_t metadata_bytes = 0;         ///< Of this layer's selector.
   /// Rows of `out` (a query in a query head) that hold an estimate of what was not attended.
   std::uint32_t rows_estimated = 0;
-  /// Everything was attended once, to measure whether estimates help.
+  /// A sample of what was not chosen was attended too, to measure whether estimates help.
   bool measured_rest = false;
   /// [query_count, query_heads, value_dim]: attention over the attended tokens alone; the step's
   /// `out` itself where nothing was estimated.

@@ -94,6 +94,7 @@ struct Sequence::State {
   std::vector<float> exact_lse;
   std::vector<float> attended_out;
   std::vector<float> attended_lse;
+  std::vector<float> stands_for_log;  ///< By head group.
   std::vector<double> error_without;
   std::vector<double> error_with;
 
@@ -154,6 +155,7 @@ struct Sequence::State {
   StatesView attended_states();
   void measure_rest(const StepRequest& request);
   void plan_complement(const StepRequest& request);
+  float thin_out(std::size_t first, std::uint32_t turn);
 
   // waves.cc
   Status run_waves(const StepRequest& request, StepTiming& timing);

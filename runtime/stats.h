@@ -51,9 +51,9 @@ struct RuntimeStats {
   std::uint64_t metadata_bytes = 0;  ///< Of all selectors together, at its peak.
   std::uint64_t steps = 0;
   std::uint64_t waves = 0;
-  /// Steps (of a query, where each has its own selection) that attended everything once, to learn
-  /// whether estimating the rest helps. What they moved is in `routes`, what they found is not in
-  /// the hits of `tiers`.
+  /// Steps (of a query, where each has its own selection) that attended a sample of the rest, to
+  /// learn whether estimating the rest helps. What they moved is in `routes`, what they found is
+  /// not in the hits of `tiers`.
   std::uint64_t steps_measured = 0;
   std::uint64_t disk_reads_repeated = 0;
   std::uint64_t disk_writes_failed = 0;

@@ -203,6 +203,30 @@ TEST(Rest, MeasuringCountsItsBytesAndLeavesHitsAlone) {
   EXPECT_EQ(measured.device().wrong_blocks(), 0u);
 }
 
+// A long context is sampled: the verdict is the same, at a part of the bytes.
+TEST(Rest, ASampleOfALongContextTellsTheSame) {
+  for (const bool sensible : {true, false}) {
+    HarnessOptions options;
+    options.factory = knowing(sensible);
+    options.tokens_max = 12'000;
+    options.estimate_rest = EstimateRest::kNever;
+    Harness plain(options);
+    options.estimate_rest = EstimateRest::kMeasured;
+    Harness measured(options);
+    for (Harness* harness : {&plain, &measured}) {
+      ASSERT_TRUE(harness->append(12'000).ok());
+      ASSERT_TRUE(harness->step(1, 200).ok());
+    }
+    EXPECT_EQ(measured.report().rows_estimated, sensible ? 4u : 0u);
+    const auto route = static_cast<std::size_t>(Route::kHostToDevice);
+    const std::uint64_t extra = measured.runtime().stats().routes[route].submitted_bytes -
+                                plain.runtime().stats().routes[route].submitted_bytes;
+    const std::uint64_t token_bytes = measured.runtime().layout().block_bytes() / 4;
+    EXPECT_GE(extra, 2 * 2000 * token_bytes);
+    EXPECT_LE(extra, 2 * 2600 * token_bytes);
+  }
+}
+
 TEST(RestChoice, MeasuresAtGrowingDistances) {
   RestChoice choice(1, 32);
   std::vector<int> measured;
