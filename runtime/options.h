@@ -37,7 +37,7 @@ struct RuntimeOptions {
   std::vector<float> sink_logits;
 
   // What is attended.
-  SelectorFactory selector;
+  SelectorFactory selector;  ///< Empty: `kDefaultSelector`.
   GroupReduction reduction = GroupReduction::kSum;
   std::uint32_t sinks = 4;    ///< First tokens, always attended and held on the device.
   std::uint32_t window = 64;  ///< Last tokens, likewise.

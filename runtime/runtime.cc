@@ -17,7 +17,6 @@ Status check_options(const RuntimeOptions& options) {
   if (options.tokens_max == 0) return invalid_argument("tokens_max is 0, expected at least 1");
   if (options.sequences_max == 0)
     return invalid_argument("sequences_max is 0, expected at least 1");
-  if (!options.selector) return invalid_argument("no selector is given");
   if (options.query_heads == 0 || options.query_heads % options.block.kv_heads != 0) {
     return invalid_argument(fmt::format("query_heads is {}, expected a multiple of kv_heads {}",
                                         options.query_heads, options.block.kv_heads));
@@ -117,8 +116,12 @@ Result<RuntimeNeeds> Runtime::needs(const RuntimeOptions& options) {
   return compute_needs(options, layout);
 }
 
-Result<std::unique_ptr<Runtime>> Runtime::open(const RuntimeOptions& options,
+Result<std::unique_ptr<Runtime>> Runtime::open(const RuntimeOptions& given,
                                                const Environment& environment) {
+  RuntimeOptions options = given;
+  if (!options.selector) {
+    KVTIER_ASSIGN_OR_RETURN(options.selector, make_selector_factory(kDefaultSelector));
+  }
   KVTIER_CHECK(environment.clock && environment.device && environment.link,
                "a runtime needs a clock, a device and a link");
   KVTIER_RETURN_IF_ERROR(check_options(options));

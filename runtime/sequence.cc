@@ -32,6 +32,7 @@ Result<std::unique_ptr<Sequence::State>> Sequence::State::make(Runtime::State& r
   }
   state->selections.resize(layout.head_groups());
   state->demands.assign(options.layers, std::numeric_limits<float>::quiet_NaN());
+  state->shared_demands = state->demands;
   state->rest_choices.assign(options.layers,
                              RestChoice(options.query_heads, options.measure_interval_max));
   return state;

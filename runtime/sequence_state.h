@@ -53,6 +53,7 @@ struct Sequence::State {
   std::vector<std::uint32_t> tokens;     ///< Per layer.
   std::vector<std::uint8_t> marks;       ///< By position; empty while nobody has given any.
   std::vector<float> demands;            ///< What each layer's selector last answered to `demand`.
+  std::vector<float> shared_demands;     ///< The same as the first layer's step found them.
   std::vector<RestChoice> rest_choices;  ///< Per layer.
   bool closed = false;
 

@@ -56,6 +56,9 @@ struct SelectorResources {
 Result<SelectorFactory> make_selector_factory(std::string_view name,
                                               const SelectorResources& resources = {});
 
+/// What a runtime selects with when nobody says otherwise, and why: README.md.
+inline constexpr std::string_view kDefaultSelector = "scan";
+
 /// Families in the order they are shown, with what a user chooses by.
 struct SelectorListing {
   std::string name;

@@ -119,6 +119,8 @@ struct SelectRequest {
   ExternalScores external;
   /// What the selectors of all layers of this sequence last answered to `demand`, this layer's
   /// included, in order of layer; empty when the caller does not share a budget between layers.
+  /// All layers of one token are given the same. A selector that shares may then take up to twice
+  /// `budget_tokens` in one layer, as long as the layers together keep to the sum of theirs.
   std::span<const float> layer_demands;
   std::uint32_t layer = 0;  ///< Index into `layer_demands`.
 };

@@ -109,7 +109,7 @@ void bind_selection(CLI::App& verb, ReplayOptions& options) {
   add_values(verb, "--selector", options.selectors, parse_selector,
              "Selectors to run, as listed by `kvtier selectors`: mean, mean(tokens=16), "
              "refresh(interval=4)/mean; or all that the trace can feed",
-             "mean");
+             std::string(kDefaultSelector));
   add_values(verb, "--budget", options.budgets, Budget::parse,
              "Tokens attended per KV head and step, sinks and window included: 2% of the visible "
              "ones, or 512",
@@ -195,7 +195,7 @@ const char* to_string(EstimateRest estimate) {
 }
 
 ReplayOptions::ReplayOptions()
-    : selectors{"mean"},
+    : selectors{std::string(kDefaultSelector)},
       budgets{Budget::parse("5%").value()},
       eviction("lrfu"),
       device_capacity(Capacity::parse("10%").value()),
