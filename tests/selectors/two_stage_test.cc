@@ -114,7 +114,9 @@ struct FirstStage {
     for (std::uint32_t g = 0; g < groups; ++g) {
       if (in(g, region.begin, region.end) > 0) order.push_back(g);
     }
-    std::ranges::stable_sort(order, [&](auto a, auto b) { return scores[a] > scores[b]; });
+    std::ranges::sort(order, [&](auto a, auto b) {
+      return scores[a] != scores[b] ? scores[a] > scores[b] : a < b;
+    });
     const double wanted = keep * request.budget_tokens;
     double kept = 0.0;
     for (std::uint32_t g : order) {
