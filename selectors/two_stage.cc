@@ -23,8 +23,10 @@ namespace {
 enum class Coarse : unsigned char { kMean, kMinMax, kMeanMinMax };
 
 struct TwoStageOptions {
-  Coarse coarse = Coarse::kMean;
-  double keep = 4.0;  ///< Tokens that the first stage leaves, as a multiple of the far budget.
+  /// The average of mean and bound beats each alone: means miss a token among unlike ones, bounds
+  /// are loose where channels turn quickly.
+  Coarse coarse = Coarse::kMeanMinMax;
+  double keep = 4.0;  ///< Tokens that the first stage leaves, as a multiple of the budget.
   std::uint32_t group_tokens = 16;
   std::uint32_t bits = 4;
   std::uint32_t value_tokens = 64;
@@ -36,7 +38,7 @@ struct TwoStageOptions {
 /// First stage: every group of `group_tokens` is weighed by its mean key, by the upper bound of the
 /// box around its keys (Quest), or by the average of both; a softmax over the groups, each counted
 /// as often as it has tokens, and the sinks' exact logits. The best groups, reduced over queries
-/// and heads as the shape says, survive until they hold `keep` times the far budget.
+/// and heads as the shape says, survive until they hold `keep` times the budget.
 /// Second stage: the tiles of 16 tokens that hold a survivor are scored by their codes, as `scan`
 /// does; every other token gets the logit of its group's mean key, whatever ranked the group,
 /// because a bound is no estimate. Blocks are ranked by the mass that comes of both, so one that
@@ -265,7 +267,7 @@ void TwoStage::choose(const Step& step, std::uint32_t head_group) {
   mark_tiles(head_group, step.region.end, step.visible);
   const std::uint32_t first = step.region.begin / options_.group_tokens;
   const std::uint32_t count = (step.region.end - 1) / options_.group_tokens + 1 - first;
-  const double wanted = options_.keep * far_budget_tokens(shape_, step.request);
+  const double wanted = options_.keep * step.request.budget_tokens;
   const auto most = static_cast<std::size_t>(wanted / options_.group_tokens) + 3;
   double kept = 0.0;
   for (std::uint32_t place :
@@ -342,7 +344,8 @@ Status make_two_stage(const SelectorRecipe& recipe, SelectorFactory& factory) {
   static constexpr std::string_view kTail[] = {"on", "off"};
   const SelectorParameters& parameters = recipe.parameters;
   TwoStageOptions options;
-  KVTIER_ASSIGN_OR_RETURN(const std::size_t coarse, parameters.choice("coarse", "mean", kCoarse));
+  KVTIER_ASSIGN_OR_RETURN(const std::size_t coarse,
+                          parameters.choice("coarse", "mean-minmax", kCoarse));
   KVTIER_ASSIGN_OR_RETURN(options.keep, parameters.number("keep", options.keep, 1.0, 1e6));
   KVTIER_ASSIGN_OR_RETURN(options.group_tokens,
                           parameters.integer("tokens", options.group_tokens, 1, 256));
@@ -374,7 +377,7 @@ const SelectorFamily& two_stage_family() {
       .source = "",
       .parameters = kParameters,
       .needs = {.values = true},
-      .metadata = "as scan, and 2 head_dim / tokens B (three times that with boxes)",
+      .metadata = "as scan, and 6 head_dim / tokens B (a third of that with coarse=mean)",
       .build_cost = "O(head_dim + value_dim)",
       .step_cost = "O(context / tokens * head_dim + keep * budget * head_dim on codes + context)",
       .make = make_two_stage};

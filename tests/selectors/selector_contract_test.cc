@@ -75,7 +75,7 @@ std::vector<std::string> names() {
       {"landmark", "mean(tokens=3,outliers=0)", "mean(tokens=16,outliers=0.5,reduction=max)",
        "mean(tokens=8,outliers=1)", "scan(bits=2,values=16)", "scan(tail=off)",
        "two-stage(coarse=minmax,keep=2,tokens=8,bits=2,values=16)",
-       "two-stage(coarse=mean-minmax,tokens=24,tail=off)"});
+       "two-stage(coarse=mean,tokens=24,tail=off)"});
   return names;
 }
 
