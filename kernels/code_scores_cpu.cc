@@ -83,8 +83,8 @@ void nearest_codes_of(const CodebookView& codebook, const float* rows, std::size
       FloatVec nearest = hn::Set(d, std::numeric_limits<float>::infinity());
       auto index = hn::Zero(di);
       for (std::size_t at = 0; at < kCodeCentroids; at += kVectors * kLanes) {
-        try_centroids<kVectors>(codebook, part, centroids,
-                                codebook.half_norms + p * kCodeCentroids, at, nearest, index);
+        try_centroids<kVectors>(codebook, part, centroids, codebook.half_norms + p * kCodeCentroids,
+                                at, nearest, index);
       }
       hn::StoreU(nearest, d, least);
       hn::StoreU(index, di, where);
@@ -109,7 +109,8 @@ void fill_code_table(const CodebookView& codebook, const float* element, float* 
       const std::size_t row = std::size_t{p} * codebook.part_dim() + i;
       const float* centroids = codebook.centroids + row * kCodeCentroids;
       for (std::size_t c = 0; c < kCodeCentroids; ++c) {
-        for (std::size_t q = 0; q < 4; ++q) target[c * 4 + q] += centroids[c] * element[row * 4 + q];
+        for (std::size_t q = 0; q < 4; ++q)
+          target[c * 4 + q] += centroids[c] * element[row * 4 + q];
       }
     }
   }
@@ -162,8 +163,8 @@ HWY_EXPORT(score_codes_slice);
 
 void nearest_codes(const CodebookView& codebook, const float* rows, std::size_t count,
                    std::uint8_t* codes) {
-  KVTIER_CHECK(codebook.parts > 0 && codebook.dim % codebook.parts == 0,
-               "rows of {} in {} parts", codebook.dim, codebook.parts);
+  KVTIER_CHECK(codebook.parts > 0 && codebook.dim % codebook.parts == 0, "rows of {} in {} parts",
+               codebook.dim, codebook.parts);
   HWY_DYNAMIC_DISPATCH(nearest_codes_of)(codebook, rows, count, codes);
 }
 

@@ -20,8 +20,7 @@ void nearest_codes_reference(const CodebookView& codebook, const float* rows, st
       for (std::size_t c = 0; c < kCodeCentroids; ++c) {
         double distance = 0.0;
         for (std::size_t i = p * codebook.part_dim(); i < (p + 1) * codebook.part_dim(); ++i) {
-          const double gap =
-              double{rows[r * codebook.dim + i]} - centroid_element(codebook, i, c);
+          const double gap = double{rows[r * codebook.dim + i]} - centroid_element(codebook, i, c);
           distance += gap * gap;
         }
         if (std::isinf(codebook.half_norms[p * kCodeCentroids + c]) || distance >= least) continue;

@@ -42,13 +42,13 @@ struct Int4Task {
   std::uint32_t query_count = 0;  ///< 1 to 128.
   /// [queries] or null: added to a query's dots, for what was taken off the rows before coding.
   const float* offsets = nullptr;
-  float* logits = nullptr;        ///< [queries, rows]
+  float* logits = nullptr;  ///< [queries, rows]
   std::size_t logit_stride = 0;
 };
 
-/// logits[q][r] = cap(softmax.scale * (dot(queries[q], rows[r]) + offsets[q])). Splits the rows over
-/// the workers; the result does not depend on their number. Allocates nothing. `unsupported` for a dim that is
-/// no multiple of 8 up to 576.
+/// logits[q][r] = cap(softmax.scale * (dot(queries[q], rows[r]) + offsets[q])). Splits the rows
+/// over the workers; the result does not depend on their number. Allocates nothing. `unsupported`
+/// for a dim that is no multiple of 8 up to 576.
 Status score_int4(const SoftmaxOptions& softmax, std::span<const Int4Task> tasks, WorkerPool& pool);
 
 /// Obvious float64 loops over the unrounded queries, for tests.

@@ -23,7 +23,8 @@
 namespace kvtier {
 namespace {
 
-constexpr std::size_t kInt4SliceRows = 512;
+/// Rows that one worker scores at a time: enough that bringing the queries into order costs little.
+constexpr std::size_t kInt4SliceRows = 2048;
 constexpr std::uint32_t kMaxInt4Dim = 576;
 constexpr std::size_t kMaxInt4Words = int4_words(kMaxInt4Dim);
 constexpr float kQueryLevels = 32767.0f;
@@ -76,10 +77,22 @@ namespace HWY_NAMESPACE {
 namespace {
 
 #if HWY_MAX_BYTES >= 16
+/// A row is whole vectors of these. Wider ones were slower: one multiply-add a cycle instead of
+/// two.
 using CodeTag = hn::CappedTag<std::int16_t, 16>;
 using SumTag = hn::RepartitionToWide<CodeTag>;
 using SumVec = hn::Vec<SumTag>;
-inline constexpr std::size_t kCodeLanes = hn::MaxLanes(CodeTag());
+
+/// Adds the blocks of four sums of a vector.
+template <class D, class V>
+HWY_INLINE hn::Vec<hn::FixedTag<std::int32_t, 4>> fold_blocks(D d, V sums) {
+  if constexpr (hn::MaxLanes(D()) <= 4) {
+    return sums;
+  } else {
+    const hn::Half<D> half;
+    return fold_blocks(half, hn::Add(hn::LowerHalf(half, sums), hn::UpperHalf(half, sums)));
+  }
+}
 /// Queries whose sums over four rows stay in registers.
 #if HWY_TARGET <= HWY_AVX3 || HWY_ARCH_ARM
 inline constexpr std::size_t kInt4Queries = 4;
@@ -94,14 +107,13 @@ void dot_four(const std::uint16_t* const* rows, std::size_t words,
   const CodeTag d;
   const hn::RebindToUnsigned<CodeTag> du;
   const SumTag d32;
-  const hn::RebindToFloat<SumTag> df;
   const auto mask = hn::Set(du, 15);
   SumVec sums[kQueries][4];
   SumVec more[kQueries][4];
   for (std::size_t q = 0; q < kQueries; ++q) {
     for (std::size_t r = 0; r < 4; ++r) sums[q][r] = more[q][r] = hn::Zero(d32);
   }
-  for (std::size_t w = 0; w < words; w += kCodeLanes) {
+  for (std::size_t w = 0; w < words; w += hn::MaxLanes(CodeTag())) {
     auto four0 = hn::LoadU(du, rows[0] + w);
     auto four1 = hn::LoadU(du, rows[1] + w);
     auto four2 = hn::LoadU(du, rows[2] + w);
@@ -113,14 +125,10 @@ void dot_four(const std::uint16_t* const* rows, std::size_t words,
       const auto codes3 = hn::BitCast(d, hn::And(four3, mask));
       for (std::size_t q = 0; q < kQueries; ++q) {
         const auto query = hn::LoadU(d, queries.elements[q] + nibble * words + w);
-        sums[q][0] =
-            hn::ReorderWidenMulAccumulate(d32, codes0, query, sums[q][0], more[q][0]);
-        sums[q][1] =
-            hn::ReorderWidenMulAccumulate(d32, codes1, query, sums[q][1], more[q][1]);
-        sums[q][2] =
-            hn::ReorderWidenMulAccumulate(d32, codes2, query, sums[q][2], more[q][2]);
-        sums[q][3] =
-            hn::ReorderWidenMulAccumulate(d32, codes3, query, sums[q][3], more[q][3]);
+        sums[q][0] = hn::ReorderWidenMulAccumulate(d32, codes0, query, sums[q][0], more[q][0]);
+        sums[q][1] = hn::ReorderWidenMulAccumulate(d32, codes1, query, sums[q][1], more[q][1]);
+        sums[q][2] = hn::ReorderWidenMulAccumulate(d32, codes2, query, sums[q][2], more[q][2]);
+        sums[q][3] = hn::ReorderWidenMulAccumulate(d32, codes3, query, sums[q][3], more[q][3]);
       }
       four0 = hn::ShiftRight<4>(four0);
       four1 = hn::ShiftRight<4>(four1);
@@ -140,16 +148,11 @@ void dot_four(const std::uint16_t* const* rows, std::size_t words,
                                 hn::BitCast(d32, hn::InterleaveUpper(wide, ab, cd)));
     const hn::FixedTag<std::int32_t, 4> d4;
     const hn::FixedTag<float, 4> df4;
-#if HWY_TARGET <= HWY_AVX2 && HWY_ARCH_X86
-    const auto total = hn::Add(hn::LowerHalf(d4, four), hn::UpperHalf(d4, four));
-#else
-    const auto total = four;
-#endif
-    const auto exact = hn::Add(total, hn::Set(d4, queries.start[q]));
+    const auto exact = hn::Add(fold_blocks(d32, four), hn::Set(d4, queries.start[q]));
     hn::StoreU(hn::ConvertTo(df4, exact), df4, target + q * stride);
-    (void)df;
   }
 }
+
 #else
 inline constexpr std::size_t kInt4Queries = 1;
 
@@ -178,10 +181,10 @@ void finish_int4(const Int4Slice& slice, float query_scale, float dot_offset, fl
   const hn::Rebind<std::uint16_t, FloatTag> narrow;
   const hn::RebindToUnsigned<FloatTag> bits;
   for (; i + kLanes <= slice.count; i += kLanes) {
-    const auto scale = hn::BitCast(
-        d, hn::ShiftLeft<16>(hn::PromoteTo(bits, hn::LoadU(narrow, scales + i))));
-    const FloatVec logit = hn::MulAdd(hn::LoadU(d, logits + i),
-                                      hn::Mul(scale, hn::Set(d, factor)), hn::Set(d, offset));
+    const auto scale =
+        hn::BitCast(d, hn::ShiftLeft<16>(hn::PromoteTo(bits, hn::LoadU(narrow, scales + i))));
+    const FloatVec logit = hn::MulAdd(hn::LoadU(d, logits + i), hn::Mul(scale, hn::Set(d, factor)),
+                                      hn::Set(d, offset));
     hn::StoreU(logit, d, logits + i);
   }
   for (; i < slice.count; ++i) {

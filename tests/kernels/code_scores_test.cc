@@ -79,12 +79,11 @@ TEST(CodeScores, TheNearestCentroidIsFoundOnEveryInstructionSet) {
 
 TEST(CodeScores, ScoresAgreeWithTheReferenceOnEveryInstructionSet) {
   WorkerPool pool(2);
-  for (const auto& [rows, dim, parts, queries, cap] :
-       {std::tuple{1u, 64u, 8u, 1u, 0.0f},
-        {2050u, 64u, 4u, 4u, 0.0f},
-        {33u, 80u, 8u, 7u, 5.0f},
-        {1000u, 128u, 16u, 14u, 0.0f},
-        {0u, 64u, 8u, 3u, 0.0f}}) {
+  for (const auto& [rows, dim, parts, queries, cap] : {std::tuple{1u, 64u, 8u, 1u, 0.0f},
+                                                       {2050u, 64u, 4u, 4u, 0.0f},
+                                                       {33u, 80u, 8u, 7u, 5.0f},
+                                                       {1000u, 128u, 16u, 14u, 0.0f},
+                                                       {0u, 64u, 8u, 3u, 0.0f}}) {
     const Codebook codebook(dim, parts, 256);
     std::mt19937 random(9);
     std::vector<std::uint8_t> codes(rows * parts);

@@ -79,9 +79,9 @@ TEST(Int4Rows, ScoresAgreeWithTheReferenceOnEveryShapeAndInstructionSet) {
     std::uint32_t dim, queries;
     float cap;
   };
-  for (const Shape& shape : {Shape{1, 64, 1, 0}, Shape{3, 128, 4, 0}, Shape{515, 128, 7, 0},
-                             Shape{1030, 64, 3, 0}, Shape{37, 80, 5, 20}, Shape{9, 576, 2, 0},
-                             Shape{12, 8, 128, 0}, Shape{100, 96, 1, 3}}) {
+  for (const Shape& shape :
+       {Shape{1, 64, 1, 0}, Shape{3, 128, 4, 0}, Shape{515, 128, 7, 0}, Shape{1030, 64, 3, 0},
+        Shape{37, 80, 5, 20}, Shape{9, 576, 2, 0}, Shape{12, 8, 128, 0}, Shape{100, 96, 1, 3}}) {
     const CodedRows rows(shape.rows, shape.dim, 3);
     std::vector<float> queries(shape.queries * (shape.dim + 3));
     std::mt19937 random(4);
