@@ -13,11 +13,12 @@ namespace kvtier {
 namespace {
 
 std::span<const SelectorFamily* const> families() {
-  static const SelectorFamily* const kFamilies[] = {// Landmarks.
-                                                    &mean_family(),
-                                                    // Baselines.
-                                                    &oracle_family(), &recency_family(),
-                                                    &random_family()};
+  static const SelectorFamily* const kFamilies[] = {
+      // Landmarks.
+      &mean_family(),      // Every token.
+      &int4_family(), &soft_vote_family(), &vq_family(),
+      // Baselines.
+      &oracle_family(), &recency_family(), &random_family()};
   return kFamilies;
 }
 

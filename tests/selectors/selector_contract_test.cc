@@ -48,6 +48,7 @@ SelectorShape shape_of(DType dtype, std::uint32_t kv_heads, std::uint32_t heads_
   shape.softmax.scale = 0.2f;
   shape.reduction = reduction;
   shape.seed = 7;
+  shape.rope = {.theta = 10000.0};
   shape.tokens_max = kTokens;
   return shape;
 }
@@ -72,7 +73,9 @@ std::vector<std::string> names() {
   }
   names.insert(names.end(),
                {"landmark", "mean(tokens=3,outliers=0)",
-                "mean(tokens=16,outliers=0.5,reduction=max)", "mean(tokens=8,outliers=1)"});
+                "mean(tokens=16,outliers=0.5,reduction=max)", "mean(tokens=8,outliers=1)",
+                
+                "soft-vote(frame=unrotated,share=layer,pool=3)", "vq(parts=4,windowed=on)"});
   return names;
 }
 
