@@ -69,6 +69,8 @@ const SelectorFamily& mean_family();
 const SelectorFamily& int4_family();
 const SelectorFamily& soft_vote_family();
 const SelectorFamily& vq_family();
+const SelectorFamily& sentence_family();
+const SelectorFamily& probe_family();
 const SelectorFamily& oracle_family();
 const SelectorFamily& recency_family();
 const SelectorFamily& random_family();

@@ -15,7 +15,8 @@ namespace {
 std::span<const SelectorFamily* const> families() {
   static const SelectorFamily* const kFamilies[] = {
       // Landmarks.
-      &mean_family(),      // Every token.
+      &mean_family(), &sentence_family(), &probe_family(),
+      // Every token.
       &int4_family(), &soft_vote_family(), &vq_family(),
       // Baselines.
       &oracle_family(), &recency_family(), &random_family()};

@@ -74,7 +74,7 @@ std::vector<std::string> names() {
   names.insert(names.end(),
                {"landmark", "mean(tokens=3,outliers=0)",
                 "mean(tokens=16,outliers=0.5,reduction=max)", "mean(tokens=8,outliers=1)",
-                
+                "sentence(cap=9)", "probe(frame=unrotated,share=layer,tokens=8)",
                 "soft-vote(frame=unrotated,share=layer,pool=3)", "vq(parts=4,windowed=on)"});
   return names;
 }
