@@ -116,31 +116,67 @@ void fill_code_table(const CodebookView& codebook, const float* element, float* 
   }
 }
 
+/// What one row's codes are worth to four queries.
+HWY_INLINE void sum_codes(const std::uint8_t* codes, std::size_t parts, const float* table,
+                          float* four) {
+  std::fill_n(four, 4, 0.0f);
+  for (std::size_t p = 0; p < parts; ++p) {
+    const float* worth = table + (p * kCodeCentroids + codes[p]) * 4;
+    for (std::size_t q = 0; q < 4; ++q) four[q] += worth[q];
+  }
+}
+
+#if HWY_MAX_BYTES >= 16
+/// The same for four rows at a time, as four rows of logits; returns the rows done.
+HWY_INLINE std::size_t sum_four_rows(const CodeSlice& slice, const float* table, float* logits,
+                                     std::size_t queries) {
+  const hn::FixedTag<float, 4> d;
+  const hn::RepartitionToWide<decltype(d)> wide;
+  const std::size_t parts = slice.task.codebook.parts;
+  const std::size_t stride = slice.task.logit_stride;
+  const auto scale = hn::Set(d, slice.softmax.scale);
+  std::size_t r = 0;
+  for (; r + 4 <= slice.count; r += 4) {
+    const std::uint8_t* codes = slice.task.codes + (slice.first + r) * parts;
+    auto a = hn::Zero(d), b = hn::Zero(d), c = hn::Zero(d), e = hn::Zero(d);
+    for (std::size_t p = 0; p < parts; ++p) {
+      const float* worth = table + p * kCodeCentroids * 4;
+      a = hn::Add(a, hn::LoadU(d, worth + codes[p] * 4));
+      b = hn::Add(b, hn::LoadU(d, worth + codes[parts + p] * 4));
+      c = hn::Add(c, hn::LoadU(d, worth + codes[2 * parts + p] * 4));
+      e = hn::Add(e, hn::LoadU(d, worth + codes[3 * parts + p] * 4));
+    }
+    const auto ab = hn::BitCast(wide, hn::InterleaveLower(d, a, b));
+    const auto ce = hn::BitCast(wide, hn::InterleaveLower(d, c, e));
+    const auto ab_upper = hn::BitCast(wide, hn::InterleaveUpper(d, a, b));
+    const auto ce_upper = hn::BitCast(wide, hn::InterleaveUpper(d, c, e));
+    const auto store = [&](std::size_t q, auto row) HWY_ATTR {
+      if (q < queries) hn::StoreU(hn::Mul(hn::BitCast(d, row), scale), d, logits + q * stride + r);
+    };
+    store(0, hn::InterleaveLower(wide, ab, ce));
+    store(1, hn::InterleaveUpper(wide, ab, ce));
+    store(2, hn::InterleaveLower(wide, ab_upper, ce_upper));
+    store(3, hn::InterleaveUpper(wide, ab_upper, ce_upper));
+  }
+  return r;
+}
+#else
+HWY_INLINE std::size_t sum_four_rows(const CodeSlice&, const float*, float*, std::size_t) {
+  return 0;
+}
+#endif
+
 /// Sums of one slice's codes for four queries, into the first `queries` rows of logits.
 void score_codes_slice(const CodeSlice& slice, const float* table, float* logits,
                        std::size_t queries) {
   const CodeTask& task = slice.task;
   const std::size_t parts = task.codebook.parts;
-  const float scale = slice.softmax.scale;
-  alignas(16) float four[4];
-  for (std::size_t r = 0; r < slice.count; ++r) {
-    const std::uint8_t* codes = task.codes + (slice.first + r) * parts;
-#if HWY_MAX_BYTES >= 16
-    const hn::FixedTag<float, 4> d;
-    auto sum = hn::Zero(d);
-    for (std::size_t p = 0; p < parts; ++p) {
-      sum = hn::Add(sum, hn::LoadU(d, table + (p * kCodeCentroids + codes[p]) * 4));
+  float four[4];
+  for (std::size_t r = sum_four_rows(slice, table, logits, queries); r < slice.count; ++r) {
+    sum_codes(task.codes + (slice.first + r) * parts, parts, table, four);
+    for (std::size_t q = 0; q < queries; ++q) {
+      logits[q * task.logit_stride + r] = four[q] * slice.softmax.scale;
     }
-    hn::Store(hn::Mul(sum, hn::Set(d, scale)), d, four);
-#else
-    std::fill_n(four, 4, 0.0f);
-    for (std::size_t p = 0; p < parts; ++p) {
-      const float* worth = table + (p * kCodeCentroids + codes[p]) * 4;
-      for (std::size_t q = 0; q < 4; ++q) four[q] += worth[q];
-    }
-    for (float& sum : four) sum *= scale;
-#endif
-    for (std::size_t q = 0; q < queries; ++q) logits[q * task.logit_stride + r] = four[q];
   }
   const float cap = slice.softmax.logit_cap;
   if (cap <= 0.0f) return;
