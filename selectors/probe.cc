@@ -1,10 +1,9 @@
-#include "kernels/partial_attention.h"
 #include "memory/dtype.h"
-#include "selectors/activation_stats.h"
 #include "selectors/entropy_budget.h"
 #include "selectors/families.h"
 #include "selectors/key_frame.h"
 #include "selectors/landmark_rows.h"
+#include "selectors/probe_query.h"
 #include "selectors/question_log.h"
 #include "selectors/rank_blocks.h"
 #include "selectors/step_logits.h"
@@ -35,10 +34,6 @@ struct ProbeOptions {
 
 /// Where `frame=unrotated` puts the probe: ActQKV's local window.
 constexpr std::uint32_t kProbeDistance = 512;
-/// ActQKV's prefill window: prompt queries whose statistics are taken together.
-constexpr std::uint32_t kProbeWindow = 256;
-/// Steps that a cut can go back by: more than the queries of a draft.
-constexpr std::uint32_t kProbeSteps = 9;
 /// Entropies that a layer's demand is the mean of (ActQKV), and more to go back by.
 constexpr std::uint32_t kProbeEntropies = 100;
 constexpr std::uint32_t kProbeEntropiesKept = 128;
@@ -74,15 +69,8 @@ class Probe final : public Selector {
         logits_(dot_shape(shape), shape.kv_heads, rows_.groups_max()),
         views_(shape.kv_heads),
         squares_(std::size_t{shape.kv_heads} * rows_.groups_max()),
-        prompt_(channels()),
-        window_(channels()),
-        stats_(channels()),
-        steps_(kProbeSteps, 2 * channels()),
+        probe_(std::size_t{shape.query_heads()} * shape.head_dim),
         entropies_(kProbeEntropiesKept, 1),
-        turned_(channels()),
-        probe_(channels()),
-        mean_(channels()),
-        variance_(channels()),
         summed_(std::size_t{shape.kv_heads} * shape.head_dim),
         groups_(grouped_.head_groups()) {
     const std::size_t blocks_max = shape.tokens_max / shape.tokens_per_block + 1;
@@ -96,11 +84,11 @@ class Probe final : public Selector {
   void append(const NewTokens& tokens) override {
     frame_.feed(tokens, [this](const NewTokens& piece) { rows_.append(piece); });
   }
-  void observe_prompt(const PromptQueries& queries) override;
+  void observe_prompt(const PromptQueries& queries) override { probe_.observe(queries, frame_); }
   void truncate(std::uint32_t position) override {
     rows_.truncate(position);
     squared_ = std::min(squared_, rows_.closed());
-    steps_.drop_from(position);
+    probe_.drop_from(position);
     entropies_.drop_from(position);
   }
   std::uint32_t truncate_floor(std::uint32_t position) const override {
@@ -123,8 +111,7 @@ class Probe final : public Selector {
 
   std::size_t metadata_bytes() const override {
     return rows_.metadata_bytes() + rows_.closed() * shape_.kv_heads * sizeof(float) +
-           steps_.bytes() + entropies_.bytes() +
-           channels() * (2 * sizeof(float) + 2 * sizeof(double));
+           probe_.bytes() + entropies_.bytes();
   }
 
  private:
@@ -157,9 +144,6 @@ class Probe final : public Selector {
     shape.softmax = {};
     return shape;
   }
-  std::size_t channels() const { return std::size_t{shape_.query_heads()} * shape_.head_dim; }
-  void load_stats();
-  void make_probe(const SelectRequest& request, bool learns);
   void take_squares(std::uint32_t end);
   Status answer(const SelectRequest& request, std::span<GroupSelection> selection, WorkerPool& pool,
                 bool learns);
@@ -175,93 +159,11 @@ class Probe final : public Selector {
   std::vector<RowsView> views_;
   std::vector<float> squares_;  ///< [KV heads, groups_max]: squared lengths of representatives,
   std::uint32_t squared_ = 0;   ///< of the closed ones before this.
-  ActivationStats prompt_;
-  ActivationWindow window_;
-  std::uint32_t window_index_ = 0;
-  ActivationStats stats_;  ///< Scratch: what is known before the step.
-  QuestionLog steps_;      ///< [mean, variance] after each step; the number counts windows.
+  ProbeQuery probe_;
   QuestionLog entropies_;
-  std::vector<float> turned_;
-  std::vector<float> probe_;
-  std::vector<float> mean_;
-  std::vector<float> variance_;
   std::vector<float> summed_;  ///< [KV heads, head_dim]
   std::vector<Group> groups_;
 };
-
-void Probe::observe_prompt(const PromptQueries& queries) {
-  for (std::size_t n = 0; n < queries.positions.size(); ++n) {
-    const std::uint32_t index = queries.positions[n] / kProbeWindow;
-    if (index != window_index_) {
-      window_.add_to(prompt_, mean_, variance_);
-      window_.clear();
-      window_index_ = index;
-    }
-    frame_.turn_query(queries.queries + n * queries.query_stride, queries.positions[n],
-                      turned_.data());
-    window_.add(turned_);
-  }
-}
-
-/// What is known before a step into `stats_`: the last step's, or the prompt's.
-void Probe::load_stats() {
-  if (steps_.empty()) {
-    // Assigned element by element: these vectors never change their size.
-    std::ranges::copy(prompt_.mean, stats_.mean.begin());
-    std::ranges::copy(prompt_.variance, stats_.variance.begin());
-    stats_.windows = prompt_.windows;
-  } else {
-    std::copy_n(steps_.row().data(), channels(), stats_.mean.begin());
-    std::copy_n(steps_.row().data() + channels(), channels(), stats_.variance.begin());
-    stats_.windows = steps_.number();
-  }
-  window_.add_to(stats_, mean_, variance_);
-}
-
-/// Leaves the probe in `probe_`, and the statistics with this step in the log if it learns.
-void Probe::make_probe(const SelectRequest& request, bool learns) {
-  if (learns) {
-    steps_.drop_from(request.first_position);
-    entropies_.drop_from(request.first_position);
-  }
-  load_stats();
-  if (learns && window_.queries > 0) {
-    window_.add_to(prompt_, mean_, variance_);
-    window_.clear();
-  }
-  std::ranges::fill(probe_, 0.0f);
-  std::ranges::fill(mean_, 0.0f);
-  std::ranges::fill(variance_, 0.0f);
-  const std::uint32_t count = request.query_count;
-  double all = 0.0;
-  double deviations[kMaxStepQueries] = {};
-  for (std::uint32_t q = 0; q < count; ++q) {
-    frame_.turn_query(request.queries + q * request.query_stride, request.first_position + q,
-                      turned_.data());
-    deviations[q] = stats_.deviation(turned_);
-    all += deviations[q];
-    for (std::size_t i = 0; i < turned_.size(); ++i) {
-      mean_[i] += turned_[i] / static_cast<float>(count);
-    }
-  }
-  for (std::uint32_t q = 0; q < count; ++q) {
-    frame_.turn_query(request.queries + q * request.query_stride, request.first_position + q,
-                      turned_.data());
-    const bool told_apart = count > 1 && all > 0.0 && std::isfinite(all);
-    const auto weight =
-        static_cast<float>(told_apart ? deviations[q] / all : 1.0 / static_cast<double>(count));
-    for (std::size_t i = 0; i < turned_.size(); ++i) {
-      probe_[i] += turned_[i] * weight;
-      const float gap = turned_[i] - mean_[i];
-      variance_[i] += gap * gap / static_cast<float>(count);
-    }
-  }
-  if (!learns) return;
-  stats_.add_window(mean_, variance_, count);
-  const std::span<float> row = steps_.add(request.first_position, stats_.windows);
-  std::ranges::copy(stats_.mean, row.begin());
-  std::ranges::copy(stats_.variance, row.begin() + static_cast<std::ptrdiff_t>(channels()));
-}
 
 /// Squared lengths of representatives before `end`; those of closed ones stay.
 void Probe::take_squares(std::uint32_t end) {
@@ -286,7 +188,8 @@ Status Probe::answer(const SelectRequest& request, std::span<GroupSelection> sel
   const FarRegion region = FarRegion::of(shape_, request.first_position);
   KVTIER_CHECK(region.end <= rows_.tokens(), "tokens to {} are to be ranked, {} were appended",
                region.end, rows_.tokens());
-  make_probe(request, learns);
+  if (learns) entropies_.drop_from(request.first_position);
+  const std::span<const float> probe = probe_.make(request, frame_, learns);
   if (region.tokens() == 0) return {};
   Step step{.request = request,
             .selection = selection,
@@ -309,7 +212,7 @@ Status Probe::answer(const SelectRequest& request, std::span<GroupSelection> sel
     std::fill_n(sum, shape_.head_dim, 0.0f);
     for (std::uint32_t h = 0; h < shape_.queries_per_kv_head; ++h) {
       const float* query =
-          probe_.data() + (std::size_t{head} * shape_.queries_per_kv_head + h) * shape_.head_dim;
+          probe.data() + (std::size_t{head} * shape_.queries_per_kv_head + h) * shape_.head_dim;
       for (std::uint32_t i = 0; i < shape_.head_dim; ++i) sum[i] += query[i];
     }
   }
@@ -340,10 +243,11 @@ void Probe::take_cosines(const Step& step, std::uint32_t index) {
   Group& group = groups_[index];
   const std::uint32_t heads = grouped_.heads_per_group;
   const std::uint32_t per_head = shape_.queries_per_kv_head;
+  const std::span<const float> query = probe_.query();
   double probe = 0.0;
   const std::size_t group_channels = std::size_t{heads} * per_head * shape_.head_dim;
   for (std::size_t i = index * group_channels; i < (index + 1) * group_channels; ++i) {
-    probe += double{probe_[i]} * double{probe_[i]};
+    probe += double{query[i]} * double{query[i]};
   }
   group.finite = true;
   for (std::uint32_t r = 0; r < step.count; ++r) {
@@ -409,28 +313,14 @@ float Probe::demand() const {
 
 void Probe::save(StateWriter& writer) const {
   rows_.save(writer);
-  writer.put_array(std::span(prompt_.mean));
-  writer.put_array(std::span(prompt_.variance));
-  writer.put(prompt_.windows);
-  writer.put_array(std::span(window_.sum));
-  writer.put_array(std::span(window_.squares));
-  writer.put(window_.queries);
-  writer.put(window_index_);
-  steps_.save(writer);
+  probe_.save(writer);
   entropies_.save(writer);
 }
 
 Status Probe::restore(StateReader& reader) {
   squared_ = 0;
   KVTIER_RETURN_IF_ERROR(rows_.restore(reader));
-  KVTIER_RETURN_IF_ERROR(reader.get_exactly(std::span(prompt_.mean)));
-  KVTIER_RETURN_IF_ERROR(reader.get_exactly(std::span(prompt_.variance)));
-  KVTIER_RETURN_IF_ERROR(reader.get(prompt_.windows));
-  KVTIER_RETURN_IF_ERROR(reader.get_exactly(std::span(window_.sum)));
-  KVTIER_RETURN_IF_ERROR(reader.get_exactly(std::span(window_.squares)));
-  KVTIER_RETURN_IF_ERROR(reader.get(window_.queries));
-  KVTIER_RETURN_IF_ERROR(reader.get(window_index_));
-  KVTIER_RETURN_IF_ERROR(steps_.restore(reader));
+  KVTIER_RETURN_IF_ERROR(probe_.restore(reader));
   return entropies_.restore(reader);
 }
 

@@ -1,5 +1,6 @@
 #include "selectors/activation_stats.h"
 #include "selectors/entropy_budget.h"
+#include "selectors/probe_query.h"
 #include "selectors/rank_blocks.h"
 #include "tests/selectors/context.h"
 
@@ -120,6 +121,35 @@ TEST(Probe, OfSeveralWeighsEachByHowUnusualItIs) {
     for (std::size_t q = 0; q < 3; ++q) probe[i] += weights[q] / all * query(q, i);
   }
   expect_scores(select(*selector, shape, request)[0], context, probe);
+}
+
+// Nothing is lost between turns: what steps have taught counts as if it came from the prompt.
+TEST(ProbeQuery, AnotherTurnStartsFromWhatTheStepsHaveTaught) {
+  const SelectorShape shape = probe_shape();
+  const Context context(shape, kProbeTokens, 8);
+  KeyFrame frame(shape, false, 0);
+  ProbeQuery one(4 * 64);
+  ProbeQuery two(4 * 64);
+  const auto observe = [&](ProbeQuery& probe, std::uint32_t position) {
+    probe.observe({.queries = context.request(0, 0).queries +
+                              position % 8 * context.request(0, 0).query_stride,
+                   .query_stride = context.request(0, 0).query_stride,
+                   .positions = std::span(&position, 1)},
+                  frame);
+  };
+  // A step of one query teaches what a window of that one query does.
+  one.make(context.request(100, 0), frame, true);
+  observe(one, 300);
+  observe(two, 0);
+  observe(two, 300);
+  const auto found = one.make(context.request(400, 0, 3), frame, false);
+  const auto expected = two.make(context.request(400, 0, 3), frame, false);
+  for (std::size_t i = 0; i < found.size(); ++i) EXPECT_NEAR(found[i], expected[i], 1e-6);
+  ProbeQuery unknowing(4 * 64);
+  const auto plain = unknowing.make(context.request(400, 0, 3), frame, false);
+  double gap = 0.0;
+  for (std::size_t i = 0; i < found.size(); ++i) gap += std::abs(found[i] - plain[i]);
+  EXPECT_GT(gap, 1.0);
 }
 
 TEST(ActivationStats, FollowTheWindowsByHand) {
