@@ -66,6 +66,11 @@ struct SelectorFamily {
 
 // One per file; the list in registry.cc is the only place that names them all.
 const SelectorFamily& mean_family();
+const SelectorFamily& int4_family();
+const SelectorFamily& soft_vote_family();
+const SelectorFamily& vq_family();
+const SelectorFamily& sentence_family();
+const SelectorFamily& probe_family();
 const SelectorFamily& oracle_family();
 const SelectorFamily& recency_family();
 const SelectorFamily& random_family();

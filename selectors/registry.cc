@@ -20,6 +20,13 @@ std::span<const SelectorFamily* const> families() {
                                                     // Baselines.
                                                     &oracle_family(), &recency_family(),
                                                     &random_family()};
+  static const SelectorFamily* const kFamilies[] = {
+      // Landmarks.
+      &mean_family(), &sentence_family(), &probe_family(),
+      // Every token.
+      &int4_family(), &soft_vote_family(), &vq_family(),
+      // Baselines.
+      &oracle_family(), &recency_family(), &random_family()};
   return kFamilies;
 }
 

@@ -48,6 +48,7 @@ SelectorShape shape_of(DType dtype, std::uint32_t kv_heads, std::uint32_t heads_
   shape.softmax.scale = 0.2f;
   shape.reduction = reduction;
   shape.seed = 7;
+  shape.rope = {.theta = 10000.0};
   shape.tokens_max = kTokens;
   return shape;
 }
@@ -76,6 +77,11 @@ std::vector<std::string> names() {
        "mean(tokens=8,outliers=1)", "scan(bits=2,values=16)", "scan(tail=off)",
        "two-stage(coarse=minmax,keep=2,tokens=8,bits=2,values=16)",
        "two-stage(coarse=mean,tokens=24,tail=off)"});
+  names.insert(names.end(),
+               {"landmark", "mean(tokens=3,outliers=0)",
+                "mean(tokens=16,outliers=0.5,reduction=max)", "mean(tokens=8,outliers=1)",
+                "sentence(cap=9)", "probe(frame=unrotated,share=layer,tokens=8)",
+                "soft-vote(frame=unrotated,share=layer,pool=3)", "vq(parts=4,windowed=on)"});
   return names;
 }
 

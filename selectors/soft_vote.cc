@@ -1,0 +1,305 @@
+#include "kernels/score_rows.h"
+#include "selectors/families.h"
+#include "selectors/key_frame.h"
+#include "selectors/question_log.h"
+#include "selectors/rank_blocks.h"
+#include "selectors/seen_tokens.h"
+#include "selectors/token_votes.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+
+namespace kvtier {
+namespace {
+
+struct SoftVoteOptions {
+  /// TokenSelect compares un-rotated keys with a query at one distance, because it also attends
+  /// that way, beyond the length that a model was trained for. Here the model attends at the true
+  /// positions, so these logits are the ones that count, and they are the default.
+  bool unrotated = false;
+  /// One set for all KV heads, as TokenSelect has it. Here what is fetched are blocks of a head
+  /// group, so a set per group costs no more and moves nothing that only other heads want.
+  bool share_layer = false;
+  /// TokenSelect's reuse threshold; above 1 nothing is reused.
+  double similarity = 0.9;
+  /// Width of the max-pool over neighbouring tokens; TokenSelect's is optional, 1 is none.
+  std::uint32_t pool = 1;
+};
+
+/// Where `frame=unrotated` puts the query: TokenSelect's local window.
+constexpr std::uint32_t kSoftVoteDistance = 512;
+/// Refreshes that a cut can go back by: more than the queries of a draft.
+constexpr std::uint32_t kSoftVoteRefreshes = 9;
+
+/// Soft votes of all heads for single tokens, reused while the query stays the same (TokenSelect,
+/// 2411.02886, code): softmax of the logits over the far tokens per query head, added over the
+/// heads of the group, an optional max-pool. A block's score adds those of its tokens.
+///
+/// The votes are cached. A step whose mean query (over the step's queries, all heads in one vector)
+/// has a cosine of at least `similarity` with the query they were counted for ranks the old votes;
+/// tokens that have left the window since come last, until votes are counted again. Several
+/// queries of a step decide by their mean, as TokenSelect's chunks do.
+///
+/// Keeps every key: it saves no memory, its worth is the reuse. What is remembered of questions is
+/// the query of each of the last refreshes; votes are counted again from it after a cut.
+class SoftVote final : public Selector, private TokenLogits {
+ public:
+  SoftVote(const SelectorShape& shape, SoftVoteOptions options)
+      : shape_(shape),
+        voting_shape_(shape),
+        options_(options),
+        tokens_(shape.tokens_max),
+        frame_(shape, options.unrotated, kSoftVoteDistance),
+        row_bytes_(shape.head_dim * size_of(shape.dtype)),
+        keys_(std::size_t{shape.kv_heads} * shape.tokens_max * row_bytes_),
+        asked_(std::size_t{shape.query_heads()} * shape.head_dim),
+        turned_(asked_.size()),
+        pooled_(options.pool > 1 ? shape.tokens_max : 0),
+        refreshes_(kSoftVoteRefreshes, asked_.size()),
+        votes_(voting_shape(shape, options)) {
+    voting_shape_ = voting_shape(shape, options);
+  }
+
+  void append(const NewTokens& tokens) override {
+    tokens_.append(tokens);
+    frame_.feed(tokens, [this](const NewTokens& piece) {
+      for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
+        std::byte* target = keys_.data() + key_offset(head, piece.first_position);
+        const std::byte* source = piece.keys + head * piece.key_head_stride;
+        for (std::uint32_t t = 0; t < piece.tokens; ++t) {
+          std::memcpy(target + t * row_bytes_, source + t * piece.key_token_stride, row_bytes_);
+        }
+      }
+    });
+  }
+
+  void truncate(std::uint32_t position) override {
+    tokens_.truncate(position);
+    forget_from(position);
+  }
+
+  Status select(const SelectRequest& request, std::span<GroupSelection> selection,
+                WorkerPool& pool) override {
+    return answer(request, selection, pool, true);
+  }
+  /// Uses the cached votes if the guess is near enough; else they are counted for it, and again at
+  /// the next step.
+  Status hint(const SelectRequest& request, std::span<GroupSelection> selection,
+              WorkerPool& pool) override {
+    return answer(request, selection, pool, false);
+  }
+
+  std::unique_ptr<Selector> fork() const override { return std::make_unique<SoftVote>(*this); }
+
+  void save(StateWriter& writer) const override {
+    tokens_.save(writer);
+    for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
+      writer.put_array(keys_.part(key_offset(head, 0), tokens_.count() * row_bytes_));
+    }
+    refreshes_.save(writer);
+  }
+  Status restore(StateReader& reader) override {
+    KVTIER_RETURN_IF_ERROR(tokens_.restore(reader));
+    for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
+      KVTIER_RETURN_IF_ERROR(
+          reader.get_exactly(keys_.part(key_offset(head, 0), tokens_.count() * row_bytes_)));
+    }
+    KVTIER_RETURN_IF_ERROR(refreshes_.restore(reader));
+    counted_ = false;
+    if (refreshes_.empty() || covered(refreshes_.position())) return {};
+    return corrupt(fmt::format("selector state: found votes at {} of {} tokens",
+                               refreshes_.position(), tokens_.count()));
+  }
+
+  std::size_t metadata_bytes() const override {
+    return tokens_.count() * (shape_.kv_heads * row_bytes_ +
+                              std::size_t{voting_shape_.head_groups()} * sizeof(float)) +
+           refreshes_.bytes();
+  }
+
+ private:
+  static SelectorShape voting_shape(SelectorShape shape, const SoftVoteOptions& options) {
+    if (options.share_layer) shape.heads_per_group = shape.kv_heads;
+    return shape;
+  }
+  std::size_t key_offset(std::uint32_t head, std::uint32_t position) const {
+    return (std::size_t{head} * shape_.tokens_max + position) * row_bytes_;
+  }
+  bool covered(std::uint32_t position) const {
+    return FarRegion::of(shape_, position).end <= tokens_.count();
+  }
+  void forget_from(std::uint32_t position) {
+    const std::uint32_t before = refreshes_.count();
+    refreshes_.drop_from(position);
+    if (refreshes_.count() != before) counted_ = false;
+  }
+
+  Status answer(const SelectRequest& request, std::span<GroupSelection> selection, WorkerPool& pool,
+                bool learns);
+  void average_queries(const SelectRequest& request);
+  double similarity() const;
+  Status count_votes(std::span<const float> query, std::uint32_t position, WorkerPool& pool);
+  void pool_votes(std::span<float> votes);
+
+  Status compute(std::uint32_t kv_head, const float* queries, std::uint32_t rows,
+                 std::uint32_t tokens, float* target, std::size_t stride,
+                 WorkerPool& pool) override {
+    const ScoreTask task{.rows = {keys_.data() + key_offset(kv_head, 0), tokens, shape_.head_dim,
+                                  row_bytes_, shape_.dtype},
+                         .queries = queries,
+                         .query_stride = shape_.head_dim,
+                         .query_count = rows,
+                         .logits = target,
+                         .logit_stride = stride};
+    return score_rows(shape_.softmax, std::span(&task, 1), pool);
+  }
+
+  SelectorShape shape_;
+  SelectorShape voting_shape_;  ///< With the head groups that share votes.
+  SoftVoteOptions options_;
+  SeenTokens tokens_;
+  KeyFrame frame_;
+  std::size_t row_bytes_;
+  FixedArray<std::byte> keys_;  ///< [KV heads, tokens_max, head_dim], in `frame_`.
+  std::vector<float> asked_;    ///< The step's mean query.
+  std::vector<float> turned_;
+  FixedArray<float> pooled_;
+  QuestionLog refreshes_;  ///< Mean queries that votes were counted for.
+  TokenVotes votes_;
+  bool counted_ = false;           ///< `votes_` are those of the newest refresh,
+  std::uint32_t counted_end_ = 0;  ///< for the far tokens to here.
+};
+
+Status SoftVote::answer(const SelectRequest& request, std::span<GroupSelection> selection,
+                        WorkerPool& pool, bool learns) {
+  KVTIER_RETURN_IF_ERROR(check_request(shape_, request));
+  reserve_selection(shape_, selection);
+  const FarRegion region = FarRegion::of(shape_, request.first_position);
+  tokens_.check_covers(region);
+  if (region.tokens() == 0) return {};
+  average_queries(request);
+  if (learns) forget_from(request.first_position);
+  // Votes from behind a guess's place are for tokens that it must not rank.
+  const bool near = !refreshes_.empty() && refreshes_.position() <= request.first_position &&
+                    similarity() >= options_.similarity;
+  if (near) {
+    if (!counted_) {
+      KVTIER_RETURN_IF_ERROR(count_votes(refreshes_.row(), refreshes_.position(), pool));
+      counted_ = true;
+    }
+  } else {
+    counted_ = false;
+    KVTIER_RETURN_IF_ERROR(count_votes(asked_, request.first_position, pool));
+    if (learns) {
+      std::ranges::copy(asked_, refreshes_.add(request.first_position, 0).begin());
+      counted_ = true;
+    }
+  }
+  // Nobody voted for those that have left the window since. Logits can be negative, weights cannot.
+  const bool mean = shape_.reduction == GroupReduction::kMean;
+  for (std::uint32_t group = 0; group < voting_shape_.head_groups(); ++group) {
+    const std::span<float> votes = votes_.votes(group);
+    std::fill(votes.begin() + std::min(counted_end_, region.end), votes.begin() + region.end,
+              mean ? -1e30f : 0.0f);
+  }
+  votes_.rank(request, 0.0f, selection.first(voting_shape_.head_groups()), pool);
+  if (!options_.share_layer) return {};
+  for (GroupSelection& group : selection.subspan(1)) {
+    // Assigned part by part, so that the room of `ranked` stays.
+    group.ranked.assign(selection[0].ranked.begin(), selection[0].ranked.end());
+    group.chosen = selection[0].chosen;
+    group.mass = selection[0].mass;
+  }
+  return {};
+}
+
+void SoftVote::average_queries(const SelectRequest& request) {
+  std::ranges::fill(asked_, 0.0f);
+  const float share = 1.0f / static_cast<float>(request.query_count);
+  for (std::uint32_t q = 0; q < request.query_count; ++q) {
+    frame_.turn_query(request.queries + q * request.query_stride, request.first_position + q,
+                      turned_.data());
+    for (std::size_t i = 0; i < asked_.size(); ++i) asked_[i] += turned_[i] * share;
+  }
+}
+
+double SoftVote::similarity() const {
+  double dot = 0.0, asked = 0.0, known = 0.0;
+  const std::span<const float> row = refreshes_.row();
+  for (std::size_t i = 0; i < asked_.size(); ++i) {
+    dot += double{asked_[i]} * double{row[i]};
+    asked += double{asked_[i]} * double{asked_[i]};
+    known += double{row[i]} * double{row[i]};
+  }
+  const double norm = std::sqrt(asked) * std::sqrt(known);
+  return norm > 0.0 ? dot / norm : 0.0;
+}
+
+Status SoftVote::count_votes(std::span<const float> query, std::uint32_t position,
+                             WorkerPool& pool) {
+  const SelectRequest request{
+      .queries = query.data(), .query_stride = query.size(), .first_position = position};
+  KVTIER_RETURN_IF_ERROR(
+      votes_.count(request, tokens_.count(), {.everyone = false}, *this, "soft-vote", pool));
+  const FarRegion region = FarRegion::of(shape_, position);
+  counted_end_ = region.end;
+  if (options_.pool == 1) return {};
+  for (std::uint32_t group = 0; group < voting_shape_.head_groups(); ++group) {
+    pool_votes(votes_.votes(group).subspan(region.begin, region.tokens()));
+  }
+  return {};
+}
+
+/// Each vote becomes the largest of those around it.
+void SoftVote::pool_votes(std::span<float> votes) {
+  const std::size_t reach = options_.pool / 2;
+  for (std::size_t t = 0; t < votes.size(); ++t) {
+    const std::size_t first = t - std::min(t, reach);
+    const std::size_t last = std::min(votes.size(), t + reach + 1);
+    pooled_[t] = *std::max_element(votes.data() + first, votes.data() + last);
+  }
+  std::copy_n(pooled_.data(), votes.size(), votes.begin());
+}
+
+}  // namespace
+
+const SelectorFamily& soft_vote_family() {
+  static constexpr std::string_view kParameters[] = {"frame", "share", "similarity", "pool"};
+  static const SelectorFamily kFamily = {
+      .name = "soft-vote",
+      .summary = "votes of all heads for single tokens, reused while the query stays alike",
+      .source = "TokenSelect, 2411.02886",
+      .parameters = kParameters,
+      .remembers = true,
+      .metadata = "2 head_dim + 4 B: every key and a vote; nine queries",
+      .build_cost = "a copy (un-rotated: O(head_dim))",
+      .step_cost = "O(context * head_dim), exact logits, when not reused; O(context) when reused",
+      .make = [](const SelectorRecipe& recipe, SelectorFactory& factory) -> Status {
+        static constexpr std::string_view kShares[] = {"group", "layer"};
+        SoftVoteOptions options;
+        KVTIER_ASSIGN_OR_RETURN(
+            const std::size_t frame,
+            recipe.parameters.choice("frame", KeyFrame::kChoices[0], KeyFrame::kChoices));
+        KVTIER_ASSIGN_OR_RETURN(const std::size_t share,
+                                recipe.parameters.choice("share", kShares[0], kShares));
+        KVTIER_ASSIGN_OR_RETURN(
+            options.similarity,
+            recipe.parameters.number("similarity", options.similarity, -1.0, 2.0));
+        KVTIER_ASSIGN_OR_RETURN(options.pool,
+                                recipe.parameters.integer("pool", options.pool, 1, 63));
+        options.unrotated = frame == 1;
+        options.share_layer = share == 1;
+        factory.needs.rope = options.unrotated;
+        factory.make = [options](const SelectorShape& shape,
+                                 LayerIndex) -> Result<std::unique_ptr<Selector>> {
+          if (options.unrotated) KVTIER_RETURN_IF_ERROR(KeyFrame::check(shape, "soft-vote"));
+          return Result<std::unique_ptr<Selector>>(std::make_unique<SoftVote>(shape, options));
+        };
+        return {};
+      }};
+  return kFamily;
+}
+
+}  // namespace kvtier

@@ -1,0 +1,148 @@
+#include "kernels/int4_rows.h"
+
+#include "kernels/simd_targets.h"
+#include "memory/dtype.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <random>
+#include <vector>
+
+namespace kvtier {
+namespace {
+
+struct CodedRows {
+  CodedRows(std::size_t rows, std::uint32_t dim, std::uint32_t seed)
+      : plain(rows * dim), words(rows * int4_words(dim)), scales(rows) {
+    std::mt19937 random(seed);
+    std::uniform_real_distribution<float> uniform(-2.0f, 2.0f);
+    for (float& value : plain) value = uniform(random);
+    for (std::size_t r = 0; r < rows; ++r) {
+      quantise_int4(std::span(plain).subspan(r * dim, dim), words.data() + r * int4_words(dim),
+                    scales[r]);
+    }
+    view = {words.data(), scales.data(), rows, dim};
+  }
+  std::vector<float> plain;
+  std::vector<std::uint16_t> words;
+  std::vector<std::uint16_t> scales;
+  Int4Rows view;
+};
+
+TEST(Int4Rows, AnElementIsOffByAtMostHalfAScaleThatIsASeventhOfTheLargest) {
+  for (std::uint32_t dim : {8u, 64u, 80u, 128u, 576u}) {
+    const CodedRows rows(50, dim, dim);
+    std::vector<float> back(dim);
+    for (std::size_t r = 0; r < 50; ++r) {
+      dequantise_int4(rows.words.data() + r * int4_words(dim), rows.scales[r], back);
+      const float scale = bf16_to_f32(rows.scales[r]);
+      float most = 0.0f;
+      for (std::uint32_t i = 0; i < dim; ++i) {
+        const float exact = rows.plain[r * dim + i];
+        most = std::max(most, std::abs(exact));
+        EXPECT_LE(std::abs(exact - back[i]), scale * 0.5f * (1.0f + 0x1p-20f)) << r << ", " << i;
+      }
+      EXPECT_GE(scale * 7.0f, most);
+      EXPECT_LE(scale * 7.0f, most * (1.0f + 0x1p-7f));
+    }
+  }
+}
+
+TEST(Int4Rows, KnownCodes) {
+  // The largest magnitude is 7, so the scale is 1 and integers are exact; halves go up.
+  std::vector<float> row(64, 0.0f);
+  row[0] = -7.0f;
+  row[1] = 3.0f;
+  row[16] = 2.5f;
+  row[63] = -2.6f;
+  std::vector<std::uint16_t> words(int4_words(64));
+  ASSERT_EQ(words.size(), 16u);
+  std::uint16_t scale = 0;
+  quantise_int4(row, words.data(), scale);
+  EXPECT_EQ(bf16_to_f32(scale), 1.0f);
+  EXPECT_EQ(words[0], 0x88b1);  // Elements 0, 16, 32, 48 from the lowest nibble.
+  EXPECT_EQ(words[1], 0x888b);
+  EXPECT_EQ(words[15], 0x5888);
+  std::vector<float> zeros(64, 0.0f);
+  quantise_int4(zeros, words.data(), scale);
+  EXPECT_EQ(scale, 0);
+  EXPECT_EQ(words[7], 0x8888);
+}
+
+TEST(Int4Rows, ScoresAgreeWithTheReferenceOnEveryShapeAndInstructionSet) {
+  WorkerPool pool(2);
+  struct Shape {
+    std::size_t rows;
+    std::uint32_t dim, queries;
+    float cap;
+  };
+  for (const Shape& shape :
+       {Shape{1, 64, 1, 0}, Shape{3, 128, 4, 0}, Shape{515, 128, 7, 0}, Shape{1030, 64, 3, 0},
+        Shape{37, 80, 5, 20}, Shape{9, 576, 2, 0}, Shape{12, 8, 128, 0}, Shape{100, 96, 1, 3}}) {
+    const CodedRows rows(shape.rows, shape.dim, 3);
+    std::vector<float> queries(shape.queries * (shape.dim + 3));
+    std::mt19937 random(4);
+    std::uniform_real_distribution<float> uniform(-3.0f, 3.0f);
+    for (float& value : queries) value = uniform(random);
+    const SoftmaxOptions softmax{1.0f / std::sqrt(float(shape.dim)), shape.cap};
+    const std::size_t stride = shape.rows + 5;
+    std::vector<float> expected(shape.queries * stride, 7.0f);
+    std::vector<float> offsets(shape.queries);
+    for (float& value : offsets) value = uniform(random);
+    Int4Task task{.rows = rows.view,
+                  .queries = queries.data(),
+                  .query_stride = shape.dim + 3u,
+                  .query_count = shape.queries,
+                  .offsets = shape.queries % 2 == 0 ? nullptr : offsets.data(),
+                  .logits = expected.data(),
+                  .logit_stride = stride};
+    score_int4_reference(softmax, task);
+    // Queries are off by 3 / 65534 an element, elements are at most 2.02; float32 roundings are
+    // smaller by far.
+    const double tolerance = shape.dim * 2.02 * (3.0 / 65534 + 8 * 0x1p-24) * double{softmax.scale};
+    for (const std::string& target : simd_targets()) {
+      const ScopedSimdTarget use(target);
+      std::vector<float> logits(expected.size(), 7.0f);
+      task.logits = logits.data();
+      ASSERT_TRUE(score_int4(softmax, std::span(&task, 1), pool).ok());
+      for (std::size_t i = 0; i < logits.size(); ++i) {
+        ASSERT_NEAR(logits[i], expected[i], tolerance)
+            << i << " of " << shape.rows << "x" << shape.dim << " " << target;
+      }
+    }
+  }
+}
+
+TEST(Int4Rows, WhatIsNotFiniteStaysSo) {
+  std::vector<float> row(64, 1.0f);
+  row[5] = std::numeric_limits<float>::infinity();
+  std::vector<std::uint16_t> words(16);
+  std::uint16_t scale = 0;
+  quantise_int4(row, words.data(), scale);
+  const std::vector<float> query(64, 1.0f);
+  float logit = 0.0f;
+  WorkerPool pool(1);
+  const Int4Task task{.rows = {words.data(), &scale, 1, 64},
+                      .queries = query.data(),
+                      .query_stride = 64,
+                      .query_count = 1,
+                      .logits = &logit,
+                      .logit_stride = 1};
+  ASSERT_TRUE(score_int4({}, std::span(&task, 1), pool).ok());
+  EXPECT_FALSE(std::isfinite(logit));
+}
+
+TEST(Int4Rows, EmptyIsSuccessAndOddDimsAreRefused) {
+  WorkerPool pool(1);
+  EXPECT_TRUE(score_int4({}, {}, pool).ok());
+  Int4Task task;
+  task.query_count = 1;
+  task.rows.dim = 20;
+  EXPECT_EQ(score_int4({}, std::span(&task, 1), pool).code(), StatusCode::kUnsupported);
+}
+
+}  // namespace
+}  // namespace kvtier
