@@ -66,6 +66,8 @@ struct SelectorFamily {
 
 // One per file; the list in registry.cc is the only place that names them all.
 const SelectorFamily& mean_family();
+const SelectorFamily& minmax_family();
+const SelectorFamily& mean_minmax_family();
 const SelectorFamily& oracle_family();
 const SelectorFamily& recency_family();
 const SelectorFamily& random_family();

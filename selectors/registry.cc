@@ -13,11 +13,11 @@ namespace kvtier {
 namespace {
 
 std::span<const SelectorFamily* const> families() {
-  static const SelectorFamily* const kFamilies[] = {// Landmarks.
-                                                    &mean_family(),
-                                                    // Baselines.
-                                                    &oracle_family(), &recency_family(),
-                                                    &random_family()};
+  static const SelectorFamily* const kFamilies[] = {
+      // Landmarks.
+      &mean_family(), &minmax_family(), &mean_minmax_family(),
+      // Baselines.
+      &oracle_family(), &recency_family(), &random_family()};
   return kFamilies;
 }
 
