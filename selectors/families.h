@@ -68,6 +68,7 @@ struct SelectorFamily {
 const SelectorFamily& mean_family();
 const SelectorFamily& minmax_family();
 const SelectorFamily& mean_minmax_family();
+const SelectorFamily& chunk_tree_family();
 const SelectorFamily& oracle_family();
 const SelectorFamily& recency_family();
 const SelectorFamily& random_family();

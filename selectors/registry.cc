@@ -15,7 +15,7 @@ namespace {
 std::span<const SelectorFamily* const> families() {
   static const SelectorFamily* const kFamilies[] = {
       // Landmarks.
-      &mean_family(), &minmax_family(), &mean_minmax_family(),
+      &mean_family(), &minmax_family(), &mean_minmax_family(), &chunk_tree_family(),
       // Baselines.
       &oracle_family(), &recency_family(), &random_family()};
   return kFamilies;
