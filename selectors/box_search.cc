@@ -59,11 +59,12 @@ Status BoxSearch::run(const BoxTree& tree, const Question& question, const Front
         fmt::format("chunk-tree: bounds of head group {} at position {} overflow float32",
                     question.head_group, question.request.first_position));
   };
-  const std::size_t wanted_leaves =
-      (question.wanted_tokens + tree.leaf_tokens() - 1) / tree.leaf_tokens();
-  const std::size_t limit = options_.effort == 0
-                                ? std::numeric_limits<std::size_t>::max()
-                                : std::max(kLeastTouched, options_.effort * wanted_leaves);
+  // What may be looked at for so many tokens.
+  const auto limit_for = [&](std::size_t tokens) {
+    const std::size_t wanted = (tokens + tree.leaf_tokens() - 1) / tree.leaf_tokens();
+    return options_.effort == 0 ? std::numeric_limits<std::size_t>::max()
+                                : std::max(kLeastTouched, options_.effort * wanted);
+  };
   leaves_ = std::min((question.region.end - 1) / tree.leaf_tokens() + 1, tree.closed_leaves());
   top_level_ = 0;
   while (leaves_ >> 2 * top_level_ > kCoarseNodes) ++top_level_;
@@ -79,10 +80,22 @@ Status BoxSearch::run(const BoxTree& tree, const Question& question, const Front
   }
   next_.chunks.clear();
   std::ranges::make_heap(heap_, worse);
-  while (!heap_.empty() && found_tokens_ < question.wanted_tokens) {
+  const std::size_t wanted = question.wanted_tokens;
+  const std::size_t all = wanted + question.band_tokens;
+  if (!search(tree, question, wanted, limit_for(wanted)) ||
+      !search(tree, question, all, limit_for(all))) {
+    return overflow();
+  }
+  leave_frontier(tree, limit_for(wanted) / 2);
+  return {};
+}
+
+/// Takes leaves, best first, until so many tokens are found. False when a bound overflows.
+bool BoxSearch::search(const BoxTree& tree, const Question& question, std::uint64_t tokens,
+                       std::size_t limit) {
+  while (!stopped_early_ && !heap_.empty() && found_tokens_ < tokens) {
     if (heap_.front().level > 0 && touched_ + BoxTree::kChildren > limit) {
       stopped_early_ = true;
-      take_what_was_found(tree, question);
       break;
     }
     std::ranges::pop_heap(heap_, worse);
@@ -91,11 +104,11 @@ Status BoxSearch::run(const BoxTree& tree, const Question& question, const Front
     if (item.level == 0) {
       take(tree, question, item);
     } else if (!open(tree, item)) {
-      return overflow();
+      return false;
     }
   }
-  leave_frontier(tree, limit / 2);
-  return {};
+  if (stopped_early_) take_what_was_found(tree, question, tokens);
+  return true;
 }
 
 /// Packs the questions of the group's heads, each split by sign.
@@ -242,14 +255,15 @@ void BoxSearch::take(const BoxTree& tree, const Question& question, const Item& 
 
 /// The limit is reached: leaves that were looked at come before chunks that were not opened, since
 /// a large box's bound says the least.
-void BoxSearch::take_what_was_found(const BoxTree& tree, const Question& question) {
+void BoxSearch::take_what_was_found(const BoxTree& tree, const Question& question,
+                                    std::uint64_t tokens) {
   std::ranges::sort(heap_, [](const Item& a, const Item& b) {
     const bool a_leaf = a.level == 0;
     const bool b_leaf = b.level == 0;
     return a_leaf != b_leaf ? a_leaf : worse(b, a);
   });
   std::size_t taken = 0;
-  while (taken < heap_.size() && found_tokens_ < question.wanted_tokens) {
+  while (taken < heap_.size() && found_tokens_ < tokens) {
     take(tree, question, heap_[taken++]);
   }
   heap_.erase(heap_.begin(), heap_.begin() + static_cast<std::ptrdiff_t>(taken));

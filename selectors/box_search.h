@@ -47,6 +47,8 @@ class BoxSearch {
     FarRegion region;
     std::uint32_t head_group = 0;
     std::uint32_t wanted_tokens = 0;
+    /// Tokens to go on for behind them; what is wanted is found as if nothing more were asked for.
+    std::uint32_t band_tokens = 0;
   };
 
   BoxSearch(const SelectorShape& shape, const BoxTree& tree, Options options);
@@ -55,7 +57,7 @@ class BoxSearch {
   /// bound overflows. The open leaf's box must have been written if the region reaches into it.
   Status run(const BoxTree& tree, const Question& question, const Frontier* start);
 
-  /// Disjoint, best first, at least the tokens wanted (or all of the region); scores never rise.
+  /// Disjoint, best first, at least the tokens asked for (or all of the region); scores never rise.
   std::span<const RankedRange> best() const { return best_; }
   /// Where the next search may begin.
   const Frontier& frontier() const { return next_; }
@@ -79,10 +81,12 @@ class BoxSearch {
   void set_offsets(const BoxTree& tree);
   bool look_at(const BoxTree& tree, std::span<const BoxTree::Node> nodes);
   float bound_of(std::size_t column) const;
+  bool search(const BoxTree& tree, const Question& question, std::uint64_t tokens,
+              std::size_t limit);
   bool open(const BoxTree& tree, const Item& item);
   bool push(const BoxTree& tree, std::span<const BoxTree::Node> nodes, float at_most);
   void take(const BoxTree& tree, const Question& question, const Item& item);
-  void take_what_was_found(const BoxTree& tree, const Question& question);
+  void take_what_was_found(const BoxTree& tree, const Question& question, std::uint64_t tokens);
   void leave_frontier(const BoxTree& tree, std::size_t limit);
   bool merge_siblings(const BoxTree& tree, std::uint32_t idle);
 

@@ -128,15 +128,15 @@ class ChunkTree final : public Selector {
   void search_group(const SelectRequest& request, FarRegion region, std::uint32_t head_group,
                     GroupSelection& selection) {
     const std::uint32_t budget = far_budget_tokens(shape_, request);
-    const std::uint64_t wanted = std::uint64_t{budget} + request.band_tokens;
     BoxSearch& search = searches_[head_group];
-    status_[head_group] = search.run(tree_,
-                                     {.request = request,
-                                      .region = region,
-                                      .head_group = head_group,
-                                      .wanted_tokens = static_cast<std::uint32_t>(
-                                          std::min<std::uint64_t>(wanted, region.tokens()))},
-                                     remembered_[head_group].newest());
+    status_[head_group] =
+        search.run(tree_,
+                   {.request = request,
+                    .region = region,
+                    .head_group = head_group,
+                    .wanted_tokens = budget,
+                    .band_tokens = std::min(request.band_tokens, region.tokens() - budget)},
+                   remembered_[head_group].newest());
     if (!status_[head_group].ok()) return;
     rank_ranges(search.best(), shape_.tokens_per_block, budget, request.band_tokens, selection);
   }

@@ -71,6 +71,7 @@ const SelectorFamily& mean_minmax_family();
 const SelectorFamily& chunk_tree_family();
 const SelectorFamily& landmark_token_family();
 const SelectorFamily& chunk_summary_family();
+const SelectorFamily& hierarchical_family();
 const SelectorFamily& oracle_family();
 const SelectorFamily& recency_family();
 const SelectorFamily& random_family();

@@ -16,7 +16,7 @@ std::span<const SelectorFamily* const> families() {
   static const SelectorFamily* const kFamilies[] = {
       // Landmarks.
       &mean_family(), &minmax_family(), &mean_minmax_family(), &chunk_tree_family(),
-      &landmark_token_family(), &chunk_summary_family(),
+      &landmark_token_family(), &chunk_summary_family(), &hierarchical_family(),
       // Baselines.
       &oracle_family(), &recency_family(), &random_family()};
   return kFamilies;

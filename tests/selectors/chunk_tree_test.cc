@@ -254,7 +254,7 @@ TEST(ChunkTree, SplitsWhereItLooksAndMergesWhatItNoLongerUses) {
   const auto ask = [&](std::size_t channel, const Frontier* start) {
     const std::vector<float> query = noise.query(channel);
     const SelectRequest request = noise.request(query);
-    EXPECT_TRUE(search.run(tree, {request, region, 0, 16}, start).ok());
+    EXPECT_TRUE(search.run(tree, {request, region, 0, 16, 0}, start).ok());
     EXPECT_EQ(search.best()[0].begin, channel == 0 ? 500u * 16 : 900u * 16);
     return search.frontier();
   };
@@ -289,7 +289,7 @@ TEST(ChunkTree, WorkHardlyGrowsWithTheContextWhereChunksStandOut) {
     const std::vector<float> query = noise.query(0);
     const SelectRequest request = noise.request(query);
     const FarRegion region = FarRegion::of(noise.shape, tokens - 1);
-    ASSERT_TRUE(search.run(tree, {request, region, 0, 4 * 16}, nullptr).ok());
+    ASSERT_TRUE(search.run(tree, {request, region, 0, 4 * 16, 0}, nullptr).ok());
     ASSERT_EQ(search.best().size(), 4u);
     touched.push_back(search.touched());
   }
@@ -308,7 +308,7 @@ TEST(ChunkTree, TheLimitHoldsAndTheAnswerIsStillWhole) {
   for (std::size_t i = 0; i < 30; ++i) {
     const std::vector<float> query = noise.query(i % 8);
     const SelectRequest request = noise.request(query);
-    const BoxSearch::Question question{request, region, 0, 2048};
+    const BoxSearch::Question question{request, region, 0, 2048, 0};
     ASSERT_TRUE(limited.run(tree, question, i == 0 ? nullptr : &frontier).ok());
     EXPECT_TRUE(limited.stopped_early());
     EXPECT_LE(limited.touched(), 4 * 2048u / 16);
@@ -322,7 +322,17 @@ TEST(ChunkTree, TheLimitHoldsAndTheAnswerIsStillWhole) {
       }
     }
     EXPECT_GE(found, 2048u);
+    // With a band the choice is the same, and goes on.
+    const std::vector<RankedRange> without(limited.best().begin(), limited.best().end());
+    const Frontier before = frontier;
     frontier = limited.frontier();
+    ASSERT_TRUE(
+        limited.run(tree, {request, region, 0, 2048, 1024}, i == 0 ? nullptr : &before).ok());
+    ASSERT_GE(limited.best().size(), without.size() + 1);
+    for (std::size_t j = 0; j < without.size(); ++j) {
+      ASSERT_EQ(limited.best()[j].begin, without[j].begin);
+      ASSERT_EQ(limited.best()[j].score, without[j].score);
+    }
     if (i > 0) continue;
     ASSERT_TRUE(exact.run(tree, question, nullptr).ok());
     EXPECT_FALSE(exact.stopped_early());

@@ -72,7 +72,8 @@ std::vector<std::string> names() {
   }
   names.insert(names.end(),
                {"landmark", "mean(tokens=3,outliers=0)",
-                "mean(tokens=16,outliers=0.5,reduction=max)", "mean(tokens=8,outliers=1)"});
+                "mean(tokens=16,outliers=0.5,reduction=max)", "mean(tokens=8,outliers=1)",
+                "chunk-tree(tokens=3,effort=0,merge=1)", "hierarchical(chunks=16:4,keep=40)"});
   return names;
 }
 
