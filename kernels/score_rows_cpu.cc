@@ -11,6 +11,7 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/score_rows_cpu.cc"
 #include <hwy/foreach_target.h>
+#include <hwy/cache_control.h>
 #include <hwy/highway.h>
 #include <hwy/contrib/math/math-inl.h>
 #include "kernels/simd_rows-inl.h"
@@ -27,6 +28,10 @@ constexpr std::size_t kSliceRows = 256;
 /// A row may hold three vectors of the largest head: a mean and the corners of a box.
 constexpr std::uint32_t kMaxScoreDim = 3 * 576;
 constexpr std::uint32_t kMaxScoreQueries = 128;
+/// Rows that are asked for ahead of those being scored: the hardware's own prefetching stops at
+/// page edges and follows no lists.
+constexpr std::size_t kAheadRows = 8;
+constexpr std::size_t kCacheLineBytes = 64;
 
 /// Rows [first, first + count) of one task.
 struct ScoreSlice {
@@ -78,6 +83,7 @@ void finish_row(const SoftmaxOptions& softmax, std::size_t count, float* logits)
 template <typename T, std::size_t kRows>
 void dot_slice(const ScoreSlice& slice, QueryRows queries, float* logits) {
   const RowsView& rows = slice.task.rows;
+  const std::size_t row_bytes = rows.dim * sizeof(T);
   const std::size_t stride = slice.task.logit_stride;
   float four[kRows * 4] = {};
   for (std::size_t r = 0; r < slice.count; r += 4) {
@@ -88,6 +94,13 @@ void dot_slice(const ScoreSlice& slice, QueryRows queries, float* logits) {
       const std::size_t row = slice.first + r + std::min(i, take - 1);
       const auto& listed = slice.task.listed;
       keys[i] = reinterpret_cast<const T*>(rows.row(listed.empty() ? row : listed[row]));
+    }
+    const std::size_t ahead = std::min<std::size_t>(slice.count, r + kAheadRows + 4);
+    for (std::size_t i = r + kAheadRows; i < ahead; ++i) {
+      const std::size_t row = slice.first + i;
+      const auto& listed = slice.task.listed;
+      const std::byte* bytes = rows.row(listed.empty() ? row : listed[row]);
+      for (std::size_t at = 0; at < row_bytes; at += kCacheLineBytes) hwy::Prefetch(bytes + at);
     }
     // One call for both cases: every number of rows is compiled for every type.
     const bool ragged = take < 4;

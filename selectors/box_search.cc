@@ -34,6 +34,7 @@ BoxSearch::BoxSearch(const SelectorShape& shape, const BoxTree& tree, Options op
   offsets_.resize(heads * rows_max);
   nodes_.reserve(tree.leaves_max());
   heap_.reserve(tree.nodes_max());
+  taken_.reserve(tree.nodes_max());
   best_.reserve(tree.leaves_max() + 1);
   next_.chunks.reserve(tree.leaves_max());
 }
@@ -49,6 +50,7 @@ bool BoxSearch::worse(const Item& a, const Item& b) {
 Status BoxSearch::run(const BoxTree& tree, const Question& question, const Frontier* start) {
   best_.clear();
   heap_.clear();
+  taken_.clear();
   next_.chunks.clear();
   found_tokens_ = 0;
   touched_ = 0;
@@ -248,35 +250,36 @@ void BoxSearch::take(const BoxTree& tree, const Question& question, const Item& 
     best_.push_back({begin, end, std::min(item.score, last)});
     found_tokens_ += end - begin;
   }
-  // The open leaf joins the tiling when it closes.
-  if (item.first_leaf < leaves_)
-    next_.chunks.push_back({item.node, item.level == 0 ? 0 : item.idle});
+  taken_.push_back(item);
+  if (item.level == 0) taken_.back().idle = 0;
 }
 
 /// The limit is reached: leaves that were looked at come before chunks that were not opened, since
 /// a large box's bound says the least.
 void BoxSearch::take_what_was_found(const BoxTree& tree, const Question& question,
                                     std::uint64_t tokens) {
-  std::ranges::sort(heap_, [](const Item& a, const Item& b) {
+  const auto later = [](const Item& a, const Item& b) {
     const bool a_leaf = a.level == 0;
     const bool b_leaf = b.level == 0;
-    return a_leaf != b_leaf ? a_leaf : worse(b, a);
-  });
-  std::size_t taken = 0;
-  while (taken < heap_.size() && found_tokens_ < tokens) {
-    take(tree, question, heap_[taken++]);
+    return a_leaf != b_leaf ? b_leaf : worse(a, b);
+  };
+  std::ranges::make_heap(heap_, later);
+  while (!heap_.empty() && found_tokens_ < tokens) {
+    std::ranges::pop_heap(heap_, later);
+    take(tree, question, heap_.back());
+    heap_.pop_back();
   }
-  heap_.erase(heap_.begin(), heap_.begin() + static_cast<std::ptrdiff_t>(taken));
 }
 
 /// What was chosen and what is left in the heap tile the context.
 void BoxSearch::leave_frontier(const BoxTree& tree, std::size_t limit) {
+  heap_.insert(heap_.end(), taken_.begin(), taken_.end());
+  std::ranges::sort(heap_, {}, &Item::first_leaf);
   for (const Item& item : heap_) {
+    // The open leaf joins the tiling when it closes.
     if (item.first_leaf < leaves_) next_.chunks.push_back({item.node, item.idle});
   }
   next_.leaves = leaves_;
-  std::ranges::sort(next_.chunks, {},
-                    [&tree](const Frontier::Chunk& chunk) { return tree.first_leaf(chunk.node); });
   merge_siblings(tree, options_.merge_after);
   // A tiling as large as the limit would leave nothing to look at anything else.
   for (std::uint32_t idle : {1u, 0u}) {

@@ -99,6 +99,7 @@ class BoxSearch {
   std::vector<double> offsets_;   ///< [KV heads of the group, rows]
   std::vector<BoxTree::Node> nodes_;
   std::vector<Item> heap_;
+  std::vector<Item> taken_;  ///< From the heap into the answer.
   std::vector<RankedRange> best_;
   Frontier next_;
   std::uint32_t leaves_ = 0;  ///< Tiled ones of this question.

@@ -211,13 +211,19 @@ void DigestSelector::select_group(const Step& step, std::uint32_t head_group) {
 void DigestSelector::score_blocks(const Step& step, Group& group, std::span<float> blocks) const {
   const std::uint32_t per_group = recent_.group_tokens();
   const std::uint32_t per_block = shape_.tokens_per_block;
-  std::uint32_t begin = step.region.begin;
+  // Both ends walk along the context: a division per block would cost more than the rest.
+  const float* best = group.scores.data();
+  std::uint32_t group_end = (step.first_group + 1) * per_group;
+  std::uint32_t block_end = (step.region.begin / per_block + 1) * per_block;
   for (float& score : blocks) {
-    const std::uint32_t end = std::min((begin / per_block + 1) * per_block, step.region.end);
-    const std::uint32_t first = begin / per_group - step.first_group;
-    const std::uint32_t last = (end - 1) / per_group - step.first_group;
-    score = *std::max_element(group.scores.begin() + first, group.scores.begin() + last + 1);
-    begin = end;
+    const std::uint32_t end = std::min(block_end, step.region.end);
+    score = *best;
+    for (; group_end < end; group_end += per_group) score = std::max(score, *++best);
+    if (group_end == end) {
+      group_end += per_group;
+      ++best;
+    }
+    block_end += per_block;
   }
 }
 
