@@ -19,9 +19,6 @@ constexpr std::size_t kBoxBatch = 256;
 /// Nodes of the coarse tiling that a search without a frontier begins with: few against the leaves
 /// of a long context, enough to tell heads of unlike scale apart.
 constexpr std::uint32_t kCoarseNodes = 64;
-/// Boxes that every question may look at, however little it wants: the coarse tiling, and a few
-/// ways down.
-constexpr std::size_t kLeastTouched = 256;
 
 }  // namespace
 
@@ -65,7 +62,7 @@ Status BoxSearch::run(const BoxTree& tree, const Question& question, const Front
   const auto limit_for = [&](std::size_t tokens) {
     const std::size_t wanted = (tokens + tree.leaf_tokens() - 1) / tree.leaf_tokens();
     return options_.effort == 0 ? std::numeric_limits<std::size_t>::max()
-                                : std::max(kLeastTouched, options_.effort * wanted);
+                                : std::max<std::size_t>(options_.least, options_.effort * wanted);
   };
   leaves_ = std::min((question.region.end - 1) / tree.leaf_tokens() + 1, tree.closed_leaves());
   top_level_ = 0;

@@ -39,6 +39,9 @@ class BoxSearch {
   struct Options {
     /// Boxes that a question may look at, per leaf it wants; 0: no limit.
     std::uint32_t effort = 16;
+    /// Boxes that every question may look at, however little it wants: as many as a flat pass over
+    /// the leaves of 32K tokens, below which there is little to save.
+    std::uint32_t least = 2048;
     /// Questions after which siblings that were not used become their parent again.
     std::uint32_t merge_after = 8;
   };

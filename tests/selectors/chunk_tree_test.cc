@@ -249,7 +249,7 @@ TEST(ChunkTree, SplitsWhereItLooksAndMergesWhatItNoLongerUses) {
   noise.keys[(900 * 16 + 5) * 8 + 1] = 9.0f;
   BoxTree tree(noise.shape, 16);
   noise.append_to(tree);
-  BoxSearch search(noise.shape, tree, {.effort = 0, .merge_after = 3});
+  BoxSearch search(noise.shape, tree, {.effort = 0, .least = 64, .merge_after = 3});
   const FarRegion region = FarRegion::of(noise.shape, noise.shape.tokens_max - 1);
   const auto ask = [&](std::size_t channel, const Frontier* start) {
     const std::vector<float> query = noise.query(channel);
@@ -285,7 +285,7 @@ TEST(ChunkTree, WorkHardlyGrowsWithTheContextWhereChunksStandOut) {
     for (std::uint32_t i = 1; i < 5; ++i) noise.keys[(tokens / 5 * i) * 8] = 9.0f;
     BoxTree tree(noise.shape, 16);
     noise.append_to(tree);
-    BoxSearch search(noise.shape, tree, {.effort = 0, .merge_after = 8});
+    BoxSearch search(noise.shape, tree, {.effort = 0, .least = 64, .merge_after = 8});
     const std::vector<float> query = noise.query(0);
     const SelectRequest request = noise.request(query);
     const FarRegion region = FarRegion::of(noise.shape, tokens - 1);
@@ -301,8 +301,8 @@ TEST(ChunkTree, TheLimitHoldsAndTheAnswerIsStillWhole) {
   Noise noise(64 * 1024);
   BoxTree tree(noise.shape, 16);
   noise.append_to(tree);
-  BoxSearch limited(noise.shape, tree, {.effort = 4, .merge_after = 8});
-  BoxSearch exact(noise.shape, tree, {.effort = 0, .merge_after = 8});
+  BoxSearch limited(noise.shape, tree, {.effort = 4, .least = 64, .merge_after = 8});
+  BoxSearch exact(noise.shape, tree, {.effort = 0, .least = 64, .merge_after = 8});
   const FarRegion region = FarRegion::of(noise.shape, noise.shape.tokens_max - 1);
   Frontier frontier;
   for (std::size_t i = 0; i < 30; ++i) {
@@ -344,7 +344,7 @@ TEST(ChunkTree, GoingBackRestoresTheFrontier) {
   const SelectorShape shape = tree_shape(DType::kF16, GroupReduction::kSum);
   const Context context(shape, kTreeTokens, 8);
   const Context draft(shape, kTreeTokens, 9);
-  const std::string name = "chunk-tree(tokens=1,effort=1,merge=1)";
+  const std::string name = "chunk-tree(tokens=1,effort=1,least=256,merge=1)";
   const auto disturbed = make(name, shape);
   const auto undisturbed = make(name, shape);
   for (const auto& selector : {disturbed.get(), undisturbed.get()}) {
