@@ -166,7 +166,9 @@ struct PlainLeaves {
       leaves.push_back({std::max(leaf * kLeaf, region.begin),
                         std::min((leaf + 1) * kLeaf, region.end), static_cast<float>(score)});
     }
-    std::ranges::stable_sort(leaves, std::greater<>(), &RankedRange::score);
+    std::ranges::sort(leaves, [](const RankedRange& a, const RankedRange& b) {
+      return a.score != b.score ? a.score > b.score : a.begin < b.begin;
+    });
     return leaves;
   }
 };
