@@ -54,11 +54,12 @@ void apply_sink_logits_reference(StatesView target, std::span<const float> sink_
 
 void score_rows_reference(const SoftmaxOptions& softmax, const ScoreTask& task) {
   for (std::size_t q = 0; q < task.query_count; ++q) {
-    for (std::size_t r = 0; r < task.rows.rows; ++r) {
+    for (std::size_t r = 0; r < task.row_count(); ++r) {
+      const std::byte* row = task.rows.row(task.listed.empty() ? r : task.listed[r]);
       double dot = 0.0;
       for (std::uint32_t i = 0; i < task.rows.dim; ++i) {
         dot += double{task.queries[q * task.query_stride + i]} *
-               double{load_element(task.rows.row(r), task.rows.dtype, i)};
+               double{load_element(row, task.rows.dtype, i)};
       }
       double logit = double{softmax.scale} * dot;
       if (softmax.logit_cap > 0.0f) {

@@ -19,12 +19,20 @@ struct ScoreTask {
   std::uint32_t query_count = 0;  ///< 1 to 128.
   float* logits = nullptr;        ///< [queries, rows]
   std::size_t logit_stride = 0;   ///< Elements from one query's logits to the next's.
+  /// Which of the rows, in which order; empty: all of them. Logit r is then that of row listed[r].
+  std::span<const std::uint32_t> listed;
+
+  std::size_t row_count() const { return listed.empty() ? rows.rows : listed.size(); }
 };
 
 /// logits[q][r] = cap(scale * dot(queries[q], rows[r])), float32 accumulation.
 /// Splits the rows over the workers; the result does not depend on their number. Allocates nothing.
 Status score_rows(const SoftmaxOptions& softmax, std::span<const ScoreTask> tasks,
                   WorkerPool& pool);
+
+/// The same for one task on the calling thread: for searches whose next rows depend on these, many
+/// of them side by side.
+Status score_rows(const SoftmaxOptions& softmax, const ScoreTask& task);
 
 /// Obvious float64 loops, for tests.
 void score_rows_reference(const SoftmaxOptions& softmax, const ScoreTask& task);

@@ -11,6 +11,7 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/score_rows_cpu.cc"
 #include <hwy/foreach_target.h>
+#include <hwy/cache_control.h>
 #include <hwy/highway.h>
 #include <hwy/contrib/math/math-inl.h>
 #include "kernels/simd_rows-inl.h"
@@ -24,8 +25,13 @@ namespace {
 /// Rows that one worker scores at a time: 32 to 64 KiB of f16, which stays in the cache while one
 /// piece of the queries after the other passes over it.
 constexpr std::size_t kSliceRows = 256;
-constexpr std::uint32_t kMaxScoreDim = 576;
+/// A row may hold three vectors of the largest head: a mean and the corners of a box.
+constexpr std::uint32_t kMaxScoreDim = 3 * 576;
 constexpr std::uint32_t kMaxScoreQueries = 128;
+/// Rows that are asked for ahead of those being scored: the hardware's own prefetching stops at
+/// page edges and follows no lists.
+constexpr std::size_t kAheadRows = 8;
+constexpr std::size_t kCacheLineBytes = 64;
 
 /// Rows [first, first + count) of one task.
 struct ScoreSlice {
@@ -77,6 +83,7 @@ void finish_row(const SoftmaxOptions& softmax, std::size_t count, float* logits)
 template <typename T, std::size_t kRows>
 void dot_slice(const ScoreSlice& slice, QueryRows queries, float* logits) {
   const RowsView& rows = slice.task.rows;
+  const std::size_t row_bytes = rows.dim * sizeof(T);
   const std::size_t stride = slice.task.logit_stride;
   float four[kRows * 4] = {};
   for (std::size_t r = 0; r < slice.count; r += 4) {
@@ -85,7 +92,15 @@ void dot_slice(const ScoreSlice& slice, QueryRows queries, float* logits) {
     for (std::size_t i = 0; i < 4; ++i) {
       // A ragged end repeats the last row; its dots are left out below.
       const std::size_t row = slice.first + r + std::min(i, take - 1);
-      keys[i] = reinterpret_cast<const T*>(rows.row(row));
+      const auto& listed = slice.task.listed;
+      keys[i] = reinterpret_cast<const T*>(rows.row(listed.empty() ? row : listed[row]));
+    }
+    const std::size_t ahead = std::min<std::size_t>(slice.count, r + kAheadRows + 4);
+    for (std::size_t i = r + kAheadRows; i < ahead; ++i) {
+      const std::size_t row = slice.first + i;
+      const auto& listed = slice.task.listed;
+      const std::byte* bytes = rows.row(listed.empty() ? row : listed[row]);
+      for (std::size_t at = 0; at < row_bytes; at += kCacheLineBytes) hwy::Prefetch(bytes + at);
     }
     // One call for both cases: every number of rows is compiled for every type.
     const bool ragged = take < 4;
@@ -239,7 +254,7 @@ namespace {
 constexpr std::uint32_t kMaxMeanDim = 1024;
 
 std::size_t slices_of(const ScoreTask& task) {
-  return task.query_count == 0 ? 0 : (task.rows.rows + kSliceRows - 1) / kSliceRows;
+  return task.query_count == 0 ? 0 : (task.row_count() + kSliceRows - 1) / kSliceRows;
 }
 
 Status check_score_task(const ScoreTask& task) {
@@ -294,8 +309,18 @@ Status score_rows(const SoftmaxOptions& softmax, std::span<const ScoreTask> task
     for (; slice >= slices_of(*task); ++task) slice -= slices_of(*task);
     const std::size_t first = slice * kSliceRows;
     HWY_DYNAMIC_DISPATCH(score_slice)
-    ({context.softmax, *task, first, std::min(kSliceRows, task->rows.rows - first)});
+    ({context.softmax, *task, first, std::min(kSliceRows, task->row_count() - first)});
   });
+  return {};
+}
+
+Status score_rows(const SoftmaxOptions& softmax, const ScoreTask& task) {
+  KVTIER_RETURN_IF_ERROR(check_score_task(task));
+  for (std::size_t slice = 0; slice < slices_of(task); ++slice) {
+    const std::size_t first = slice * kSliceRows;
+    HWY_DYNAMIC_DISPATCH(score_slice)
+    ({softmax, task, first, std::min(kSliceRows, task.row_count() - first)});
+  }
   return {};
 }
 

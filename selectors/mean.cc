@@ -1,5 +1,5 @@
-#include "kernels/score_rows.h"
 #include "selectors/families.h"
+#include "selectors/group_scores.h"
 #include "selectors/landmark_rows.h"
 #include "selectors/rank_blocks.h"
 #include "selectors/step_logits.h"
@@ -7,7 +7,6 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <limits>
 #include <memory>
 #include <numeric>
 
@@ -120,8 +119,6 @@ class MeanLandmarks final : public Selector {
   void select_group(const Step& step, std::uint32_t head_group);
   void mark_outliers(const Step& step, Group& group);
   void score_landmarks(const Step& step, Group& group, std::uint32_t head_group);
-  void weigh_head(const Step& step, Group& group, std::size_t head, std::uint32_t query_head,
-                  std::span<float> target);
   void spread_over_blocks(const Step& step, Group& group);
 
   SelectorShape shape_;
@@ -201,7 +198,6 @@ void MeanLandmarks::admit_candidates(Group& group, std::uint32_t head_group, std
 
 void MeanLandmarks::select_group(const Step& step, std::uint32_t head_group) {
   Group& group = groups_[head_group];
-  group.finite = true;
   mark_outliers(step, group);
   score_landmarks(step, group, head_group);
   spread_over_blocks(step, group);
@@ -248,49 +244,15 @@ void MeanLandmarks::mark_outliers(const Step& step, Group& group) {
 }
 
 void MeanLandmarks::score_landmarks(const Step& step, Group& group, std::uint32_t head_group) {
-  const std::span scores(group.landmark_scores.data(), step.landmarks.size());
-  const std::span head_scores(group.head_scores.data(), step.landmarks.size());
-  std::ranges::fill(scores, 0.0f);
-  for (std::uint32_t i = 0; i < shape_.heads_per_group; ++i) {
-    const std::size_t head = std::size_t{head_group} * shape_.heads_per_group + i;
-    for (std::uint32_t h = 0; h < shape_.queries_per_kv_head; ++h) {
-      weigh_head(step, group, head, h, head_scores);
-      if (shape_.reduction == GroupReduction::kMax) {
-        for (std::size_t g = 0; g < scores.size(); ++g) {
-          scores[g] = scores[g] < head_scores[g] ? head_scores[g] : scores[g];
-        }
-      } else {
-        for (std::size_t g = 0; g < scores.size(); ++g) scores[g] += head_scores[g];
-      }
-    }
-  }
-  if (shape_.reduction == GroupReduction::kMean) {
-    const auto rows = static_cast<float>(step.request.query_count * shape_.queries_per_kv_head *
-                                         shape_.heads_per_group);
-    for (float& score : scores) score /= rows;
-  }
-}
-
-/// The scores of one query head: added over the step's queries.
-void MeanLandmarks::weigh_head(const Step& step, Group& group, std::size_t head,
-                               std::uint32_t query_head, std::span<float> target) {
-  for (std::uint32_t q = 0; q < step.request.query_count; ++q) {
-    const std::span<float> row =
-        logits_.row(head, q * shape_.queries_per_kv_head + query_head, target.size());
-    group.finite = group.finite && all_finite(row);
-    if (shape_.reduction != GroupReduction::kMean) {
-      // exp() of it is zero; not infinite, so that a row of outliers only still has a maximum.
-      for (std::uint32_t i = 0; i < group.outliers; ++i) {
-        row[group.by_cosine[i] - step.landmarks.begin] = std::numeric_limits<float>::lowest();
-      }
-      softmax_row(row);
-    }
-    if (q == 0) {
-      std::ranges::copy(row, target.begin());
-    } else {
-      for (std::size_t g = 0; g < target.size(); ++g) target[g] += row[g];
-    }
-  }
+  const GroupLogits logits = {
+      .logits = logits_.all_rows(std::size_t{head_group} * shape_.heads_per_group).data(),
+      .head_stride = logits_.head_stride(),
+      .row_stride = logits_.row_stride(),
+      .query_count = step.request.query_count,
+      .left_out = std::span(group.by_cosine).first(group.outliers),
+      .first = step.landmarks.begin};
+  group.finite = reduce_logits(shape_, logits, group.head_scores,
+                               std::span(group.landmark_scores.data(), step.landmarks.size()));
 }
 
 void MeanLandmarks::spread_over_blocks(const Step& step, Group& group) {

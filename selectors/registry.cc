@@ -25,6 +25,10 @@ std::span<const SelectorFamily* const> families() {
       &mean_family(), &sentence_family(), &probe_family(),
       // Every token.
       &int4_family(), &soft_vote_family(), &vq_family(),
+  static const SelectorFamily* const kFamilies[] = {
+      // Landmarks.
+      &mean_family(), &minmax_family(), &mean_minmax_family(), &chunk_tree_family(),
+      &landmark_token_family(), &chunk_summary_family(), &hierarchical_family(),
       // Baselines.
       &oracle_family(), &recency_family(), &random_family()};
   return kFamilies;

@@ -36,6 +36,8 @@ class StepLogits {
     return {logits_.data() + i * queries_ * row_stride_, queries_ * row_stride_};
   }
   std::size_t row_stride() const { return row_stride_; }
+  /// From one head's rows to the next head's.
+  std::size_t head_stride() const { return queries_ * row_stride_; }
 
  private:
   SelectorShape shape_;

@@ -82,6 +82,7 @@ std::vector<std::string> names() {
                 "mean(tokens=16,outliers=0.5,reduction=max)", "mean(tokens=8,outliers=1)",
                 "sentence(cap=9)", "probe(frame=unrotated,share=layer,tokens=8)",
                 "soft-vote(frame=unrotated,share=layer,pool=3)", "vq(parts=4,windowed=on)"});
+                "chunk-tree(tokens=3,effort=0,merge=1)", "hierarchical(chunks=16:4,keep=40)"});
   return names;
 }
 
