@@ -13,11 +13,15 @@ namespace kvtier {
 namespace {
 
 std::span<const SelectorFamily* const> families() {
-  static const SelectorFamily* const kFamilies[] = {// Landmarks.
-                                                    &mean_family(),
-                                                    // Baselines.
-                                                    &oracle_family(), &recency_family(),
-                                                    &random_family()};
+  static const SelectorFamily* const kFamilies[] = {
+      // Landmarks.
+      &mean_family(),
+      // Baselines.
+      &oracle_family(), &recency_family(), &random_family(), &full_family(),
+      // Handed over.
+      &external_family(),
+      // Decorators.
+      &refresh_family(), &head_class_family(), &adaptive_budget_family()};
   return kFamilies;
 }
 

@@ -73,6 +73,10 @@ std::vector<std::string> names() {
   names.insert(names.end(),
                {"landmark", "mean(tokens=3,outliers=0)",
                 "mean(tokens=16,outliers=0.5,reduction=max)", "mean(tokens=8,outliers=1)"});
+  names.insert(names.end(), {"oracle(granularity=token)", "external(granularity=block,pool=sum)",
+                             "refresh(interval=9,similarity=0.5)/oracle(granularity=token)",
+                             "head-class/adaptive-budget(rule=zipvl)/refresh/mean",
+                             "adaptive-budget(rule=entropy)/mean"});
   return names;
 }
 
