@@ -16,6 +16,8 @@ std::span<const SelectorFamily* const> families() {
   static const SelectorFamily* const kFamilies[] = {
       // Landmarks.
       &mean_family(),
+      // Clusters.
+      &cluster_family(),
       // Baselines.
       &oracle_family(), &recency_family(), &random_family(), &full_family(),
       // Handed over.
