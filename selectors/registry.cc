@@ -18,6 +18,8 @@ std::span<const SelectorFamily* const> families() {
       &mean_family(),
       // Clusters.
       &cluster_family(),
+      // The prompt's questions.
+      &prompt_observed_family(),
       // Baselines.
       &oracle_family(), &recency_family(), &random_family(), &full_family(),
       // Handed over.

@@ -73,12 +73,14 @@ std::vector<std::string> names() {
   names.insert(names.end(),
                {"landmark", "mean(tokens=3,outliers=0)",
                 "mean(tokens=16,outliers=0.5,reduction=max)", "mean(tokens=8,outliers=1)"});
-  names.insert(names.end(), {"oracle(granularity=token)", "external(granularity=block,pool=sum)",
-                             "cluster(segment=32,tokens=8,estimate=on)",
-                             "cluster(segment=50,tokens=5,estimate=on,zone=0.25)",
-                             "refresh(interval=9,similarity=0.5)/oracle(granularity=token)",
-                             "head-class/adaptive-budget(rule=zipvl)/refresh/mean",
-                             "adaptive-budget(rule=entropy)/mean"});
+  names.insert(names.end(),
+               {"oracle(granularity=token)", "external(granularity=block,pool=sum)",
+                "cluster(segment=32,tokens=8,estimate=on)", "prompt-observed(score=ems,queries=4)",
+                "prompt-observed(score=kvcrush,queries=9,kernel=3)",
+                "cluster(segment=50,tokens=5,estimate=on,zone=0.25)",
+                "refresh(interval=9,similarity=0.5)/oracle(granularity=token)",
+                "head-class/adaptive-budget(rule=zipvl)/refresh/mean",
+                "adaptive-budget(rule=entropy)/mean"});
   return names;
 }
 
