@@ -225,7 +225,12 @@ bool Refresh::answer(const Kept& kept, const SelectRequest& request,
         unit.tokens = std::min(next, region.end) - start;
       }
     }
-    const std::uint32_t taken = shorten_selection(budget, request.band_tokens, group);
+    std::uint32_t most = budget;
+    if (kept.full[i] == 0) {
+      group.chosen = from.chosen;
+      most = std::min(most, chosen_tokens_of(group));
+    }
+    const std::uint32_t taken = shorten_selection(most, request.band_tokens, group);
     // `budget` is at most what the region holds; then nothing may be missing.
     const bool everything = budget == region.tokens();
     if (kept.full[i] != 0 && taken + (everything ? 1 : per_block) <= budget) enough = false;
