@@ -1,6 +1,5 @@
-#include "kernels/partial_attention.h"
-#include "kernels/score_rows.h"
 #include "selectors/families.h"
+#include "selectors/prompt_scores.h"
 #include "selectors/rank_blocks.h"
 #include "selectors/seen_tokens.h"
 #include "selectors/step_logits.h"
@@ -10,24 +9,10 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
-#include <numeric>
 #include <vector>
 
 namespace kvtier {
 namespace {
-
-enum class PromptScore : unsigned char { kSnapKv, kEms, kKvCrush };
-
-struct PromptObservedOptions {
-  PromptScore score = PromptScore::kSnapKv;
-  std::uint32_t queries = 32;  ///< SnapKV's observation window: 16 to 64 queries.
-  std::uint32_t kernel = 7;    ///< Of the max-pooling along tokens: 5 to 7.
-};
-/// EMS's accumulated attention goes back further than its recent-window attention, here by this
-/// factor: every query of the prompt would cost as much as the prompt itself.
-constexpr std::uint32_t kEmsGlobal = 4;
-/// Of every so many places in KVCrush's ranking, one goes to a representative.
-constexpr std::uint32_t kCrushShare = 4;
 
 /// What the end of the prompt looked at, once and for all: scores per token from the last observed
 /// prompt queries, made at the first step after them. Meant for the first placement (winners on the
@@ -57,7 +42,7 @@ constexpr std::uint32_t kCrushShare = 4;
 /// stay is not taken back.
 class PromptObserved final : public Selector {
  public:
-  PromptObserved(const SelectorShape& shape, PromptObservedOptions options)
+  PromptObserved(const SelectorShape& shape, PromptScoreOptions options)
       : shape_(shape),
         options_(options),
         tokens_(shape.tokens_max),
@@ -108,23 +93,13 @@ class PromptObserved final : public Selector {
   }
 
  private:
-  using HeadScores = std::vector<std::vector<float>>;  ///< [query heads][blocks]
-
   std::size_t blocks_max() const { return shape_.tokens_max / shape_.tokens_per_block + 1; }
-  std::uint32_t wanted_queries() const {
-    return options_.queries * (options_.score == PromptScore::kEms ? kEmsGlobal : 1);
-  }
+  std::uint32_t wanted_queries() const { return options_.wanted_queries(); }
   Status rank(const SelectRequest& request, std::span<GroupSelection> selection, WorkerPool& pool);
   Status score_prompt(WorkerPool& pool);
-  Status weigh_tokens(std::uint32_t head, std::size_t first_query, HeadScores& target,
-                      WorkerPool& pool);
-  void sum_blocks(std::span<const float> weights, std::span<float> blocks) const;
-  void reduce_heads(std::uint32_t group, const HeadScores& heads);
-  void crush(const HeadScores& heads);
-  void crush_group(std::span<const std::uint32_t> distance, std::span<float> scores) const;
 
   SelectorShape shape_;
-  PromptObservedOptions options_;
+  PromptScoreOptions options_;
   SeenTokens tokens_;
   std::size_t row_bytes_;
   FixedArray<std::byte> keys_;  ///< [KV heads, tokens_max, head_dim]; empty when closed.
@@ -213,152 +188,24 @@ Status PromptObserved::rank(const SelectRequest& request, std::span<GroupSelecti
 /// From the observed queries to a score per block. Allocates; it happens once per prompt.
 Status PromptObserved::score_prompt(WorkerPool& pool) {
   scored_blocks_ = 0;
-  const std::size_t wanted = std::min<std::size_t>(positions_.size(), wanted_queries());
-  if (wanted > 0) {
+  if (!positions_.empty()) {
     const std::uint32_t end = positions_.back() + 1;
     scored_blocks_ = (end - std::min(end, options_.queries)) / shape_.tokens_per_block;
   }
   if (scored_blocks_ > 0) {
-    HeadScores heads(shape_.query_heads(), std::vector<float>(scored_blocks_));
-    for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
-      KVTIER_RETURN_IF_ERROR(weigh_tokens(head, positions_.size() - wanted, heads, pool));
-    }
+    PromptScores scores(shape_, options_, scored_blocks_);
+    KVTIER_RETURN_IF_ERROR(scores.compute({.keys = keys_.data(),
+                                           .head_stride = shape_.tokens_max * row_bytes_,
+                                           .queries = observed_.data(),
+                                           .query_stride = query_elements_,
+                                           .positions = positions_},
+                                          pool));
     for (std::uint32_t group = 0; group < shape_.head_groups(); ++group) {
-      reduce_heads(group, heads);
+      std::ranges::copy(scores.of_group(group), scores_.data() + group * blocks_max());
     }
-    if (options_.score == PromptScore::kKvCrush) crush(heads);
   }
   scored_ = true;
   return {};
-}
-
-/// The scores of the query heads of one KV head, from the observed queries [first_query, all).
-Status PromptObserved::weigh_tokens(std::uint32_t head, std::size_t first_query, HeadScores& target,
-                                    WorkerPool& pool) {
-  const std::size_t per_head = shape_.queries_per_kv_head;
-  const std::size_t all = positions_.size();
-  const std::size_t local_begin = all - std::min<std::size_t>(all, options_.queries);
-  const std::uint32_t tokens = positions_.back() + 1;
-  const RowsView rows{keys_.data() + std::size_t{head} * shape_.tokens_max * row_bytes_, tokens,
-                      shape_.head_dim, row_bytes_, shape_.dtype};
-  StepLogits logits(shape_, 1, tokens);
-  // Two sums per query head: over the recent queries, and over those before them (EMS).
-  std::vector<std::vector<float>> recent(per_head, std::vector<float>(tokens));
-  std::vector<std::vector<float>> before(per_head, std::vector<float>(tokens));
-  for (std::size_t q = first_query; q < all; q += kMaxStepQueries) {
-    const std::size_t count = std::min<std::size_t>(kMaxStepQueries, all - q);
-    const SelectRequest request{.queries = observed_.data() + q * query_elements_,
-                                .query_stride = query_elements_,
-                                .query_count = static_cast<std::uint32_t>(count)};
-    KVTIER_RETURN_IF_ERROR(logits.compute(request, head, std::span(&rows, 1), pool));
-    for (std::size_t row = 0; row < count * per_head; ++row) {
-      const std::size_t query = q + row / per_head;
-      const std::span<float> weights =
-          logits.row(0, static_cast<std::uint32_t>(row), positions_[query] + 1);
-      if (!all_finite(weights)) {
-        return invalid_argument(
-            fmt::format("prompt-observed: logits of KV head {}, prompt query at {}, overflow "
-                        "float32 or the query is not finite",
-                        head, positions_[query]));
-      }
-      softmax_row(weights);
-      auto& sums = query >= local_begin ? recent[row % per_head] : before[row % per_head];
-      for (std::size_t t = 0; t < weights.size(); ++t) sums[t] += weights[t];
-    }
-  }
-  for (std::size_t h = 0; h < per_head; ++h) {
-    if (options_.score == PromptScore::kEms) {
-      const auto local = static_cast<float>(all - local_begin);
-      const auto global = static_cast<float>(all - first_query);
-      for (std::size_t t = 0; t < tokens; ++t) {
-        recent[h][t] = recent[h][t] / local + (recent[h][t] + before[h][t]) / global;
-      }
-    }
-    sum_blocks(recent[h], target[head * per_head + h]);
-  }
-  return {};
-}
-
-/// Sums per block, without the sinks; pooled but for EMS.
-void PromptObserved::sum_blocks(std::span<const float> weights, std::span<float> blocks) const {
-  const std::uint32_t reach = options_.score == PromptScore::kEms ? 0 : options_.kernel / 2;
-  for (std::uint32_t b = 0; b < blocks.size(); ++b) {
-    const std::uint32_t end = (b + 1) * shape_.tokens_per_block;
-    float sum = 0.0f;
-    for (std::uint32_t t = std::max(b * shape_.tokens_per_block, shape_.sinks); t < end; ++t) {
-      const std::size_t first = t - std::min(t, reach);
-      const std::size_t last = std::min<std::size_t>(weights.size(), std::size_t{t} + reach + 1);
-      sum += *std::max_element(weights.begin() + static_cast<std::ptrdiff_t>(first),
-                               weights.begin() + static_cast<std::ptrdiff_t>(last));
-    }
-    blocks[b] = sum;
-  }
-}
-
-void PromptObserved::reduce_heads(std::uint32_t group, const HeadScores& heads) {
-  const std::size_t count = std::size_t{shape_.heads_per_group} * shape_.queries_per_kv_head;
-  const std::span<float> scores = scores_.part(group * blocks_max(), scored_blocks_);
-  std::ranges::fill(scores, 0.0f);
-  for (std::size_t i = 0; i < count; ++i) {
-    const std::vector<float>& head = heads[group * count + i];
-    for (std::size_t b = 0; b < scores.size(); ++b) {
-      scores[b] = shape_.reduction == GroupReduction::kMax ? std::max(scores[b], head[b])
-                                                           : scores[b] + head[b];
-    }
-  }
-  const float best = *std::ranges::max_element(scores);
-  for (float& score : scores) score = best > 0.0f ? score / best : 0.0f;
-}
-
-/// How far each block's signature is from the majority's; then places by turns.
-void PromptObserved::crush(const HeadScores& heads) {
-  std::vector<std::uint32_t> distance(scored_blocks_);
-  std::vector<std::uint8_t> bits(scored_blocks_);
-  for (const std::vector<float>& head : heads) {
-    const double mean = std::accumulate(head.begin(), head.end(), 0.0) / scored_blocks_;
-    std::size_t ones = 0;
-    for (std::size_t b = 0; b < bits.size(); ++b) {
-      bits[b] = static_cast<std::uint8_t>(double{head[b]} > mean);
-      ones += bits[b];
-    }
-    const std::uint8_t majority = 2 * ones > bits.size() ? 1 : 0;
-    for (std::size_t b = 0; b < bits.size(); ++b) distance[b] += bits[b] != majority ? 1u : 0u;
-  }
-  for (std::size_t group = 0; group < shape_.head_groups(); ++group) {
-    crush_group(distance, scores_.part(group * blocks_max(), scored_blocks_));
-  }
-}
-
-/// Replaces scores by places: winners in order, and in every fourth place the best block that is
-/// left in the next bucket.
-void PromptObserved::crush_group(std::span<const std::uint32_t> distance,
-                                 std::span<float> scores) const {
-  std::vector<std::uint32_t> winners(scores.size());
-  std::iota(winners.begin(), winners.end(), 0u);
-  std::ranges::stable_sort(winners, std::greater(), [&](std::uint32_t b) { return scores[b]; });
-  std::vector<std::vector<std::uint32_t>> buckets(shape_.query_heads() + 1);
-  for (const std::uint32_t b : winners) buckets[distance[b]].push_back(b);
-  std::vector<std::size_t> next(buckets.size());
-  std::vector<bool> taken(scores.size());
-  std::size_t winner = 0;
-  std::size_t bucket = 0;
-  for (std::size_t place = 0; place < scores.size(); ++place) {
-    const auto first_free = [&](const std::vector<std::uint32_t>& list, std::size_t& at) {
-      while (at < list.size() && taken[list[at]]) ++at;
-      return at < list.size();
-    };
-    std::uint32_t block = 0;
-    if (place % kCrushShare == kCrushShare - 1) {
-      while (!first_free(buckets[bucket], next[bucket])) bucket = (bucket + 1) % buckets.size();
-      block = buckets[bucket][next[bucket]];
-      bucket = (bucket + 1) % buckets.size();
-    } else {
-      first_free(winners, winner);
-      block = winners[winner];
-    }
-    taken[block] = true;
-    scores[block] = 1.0f - static_cast<float>(place) / static_cast<float>(scores.size());
-  }
 }
 
 void PromptObserved::save(StateWriter& writer) const {
@@ -419,7 +266,7 @@ Status PromptObserved::restore(StateReader& reader) {
 
 Status make_prompt_observed(const SelectorRecipe& recipe, SelectorFactory& factory) {
   static constexpr std::string_view kScores[] = {"snapkv", "ems", "kvcrush"};
-  PromptObservedOptions options;
+  PromptScoreOptions options;
   KVTIER_ASSIGN_OR_RETURN(const std::size_t score,
                           recipe.parameters.choice("score", "snapkv", kScores));
   options.score = static_cast<PromptScore>(score);
