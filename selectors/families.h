@@ -82,5 +82,12 @@ const SelectorFamily& recency_family();
 const SelectorFamily& random_family();
 const SelectorFamily& scan_family();
 const SelectorFamily& two_stage_family();
+const SelectorFamily& full_family();
+const SelectorFamily& external_family();
+const SelectorFamily& cluster_family();
+const SelectorFamily& prompt_observed_family();
+const SelectorFamily& refresh_family();
+const SelectorFamily& head_class_family();
+const SelectorFamily& adaptive_budget_family();
 
 }  // namespace kvtier

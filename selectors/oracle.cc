@@ -1,5 +1,6 @@
 #include "selectors/families.h"
 #include "selectors/rank_blocks.h"
+#include "selectors/rank_tokens.h"
 #include "selectors/seen_tokens.h"
 #include "selectors/step_logits.h"
 
@@ -21,16 +22,21 @@ namespace {
 /// Under `kMean` it pools by the sum: a mean of raw logits is a way to guess mass, not a mass that
 /// a choice could find, and an oracle must be the ceiling of what the selectors are judged by.
 ///
+/// With `granularity=token` it ranks single tokens, whatever the block size: the best that any
+/// choice of this many tokens could find, and the yardstick of selectors that name tokens.
+///
 /// Keeps every key; a measuring stick, not a way to save memory.
 class Oracle final : public Selector {
  public:
-  explicit Oracle(const SelectorShape& shape)
+  Oracle(const SelectorShape& shape, bool by_token)
       : shape_(shape),
+        by_token_(by_token),
+        unit_tokens_(by_token ? 1 : shape.tokens_per_block),
         tokens_(shape.tokens_max),
         row_bytes_(shape.head_dim * size_of(shape.dtype)),
         keys_(std::size_t{shape.kv_heads} * shape.tokens_max * row_bytes_),
         logits_(shape, 1, shape.tokens_max),
-        scores_(shape.tokens_max / shape.tokens_per_block + 1),
+        scores_(shape.tokens_max / unit_tokens_ + 1),
         head_scores_(scores_.size()),
         order_(scores_.size()) {}
 
@@ -50,22 +56,16 @@ class Oracle final : public Selector {
   Status select(const SelectRequest& request, std::span<GroupSelection> selection,
                 WorkerPool& pool) override {
     KVTIER_RETURN_IF_ERROR(check_request(shape_, request));
-    reserve_selection(shape_, selection);
+    reserve_selection(shape_, selection, by_token_ ? shape_.tokens_max : 0);
     const FarRegion region = FarRegion::of(shape_, request.first_position);
     if (region.tokens() == 0) return {};
     KVTIER_CHECK(request.first_position + request.query_count <= tokens_.count(),
                  "{} queries at position {}, {} tokens were appended", request.query_count,
                  request.first_position, tokens_.count());
-    const std::span scores(scores_.data(), block_count(region, shape_.tokens_per_block));
+    const std::span scores(scores_.data(), block_count(region, unit_tokens_));
     for (std::uint32_t group = 0; group < selection.size(); ++group) {
       KVTIER_RETURN_IF_ERROR(score_group(request, region, group, scores, pool));
-      rank_blocks({.scores = scores,
-                   .always = {},
-                   .region = region,
-                   .tokens_per_block = shape_.tokens_per_block,
-                   .far_budget_tokens = far_budget_tokens(shape_, request),
-                   .band_tokens = request.band_tokens},
-                  order_, selection[group]);
+      rank(request, region, scores, selection[group]);
       selection[group].mass = std::accumulate(scores.begin(), scores.end(), 0.0f);
     }
     return {};
@@ -99,6 +99,27 @@ class Oracle final : public Selector {
     return keys_.data() + key_offset(head, position);
   }
 
+  void rank(const SelectRequest& request, FarRegion region, std::span<const float> scores,
+            GroupSelection& result) {
+    const std::uint32_t budget = far_budget_tokens(shape_, request);
+    if (by_token_) {
+      rank_tokens({.scores = scores,
+                   .region = region,
+                   .tokens_per_block = shape_.tokens_per_block,
+                   .far_budget_tokens = budget,
+                   .band_tokens = request.band_tokens},
+                  order_, result);
+    } else {
+      rank_blocks({.scores = scores,
+                   .always = {},
+                   .region = region,
+                   .tokens_per_block = shape_.tokens_per_block,
+                   .far_budget_tokens = budget,
+                   .band_tokens = request.band_tokens},
+                  order_, result);
+    }
+  }
+
   /// One KV head at a time: the logits of all tokens are large, and their scratch is shared.
   Status score_group(const SelectRequest& request, FarRegion region, std::uint32_t group,
                      std::span<float> scores, WorkerPool& pool) {
@@ -109,8 +130,8 @@ class Oracle final : public Selector {
       const std::span target = first ? scores : std::span(head_scores_.data(), scores.size());
       reduce_token_weights(logits_.all_rows(0),
                            std::size_t{request.query_count} * shape_.queries_per_kv_head,
-                           logits_.row_stride(), region, shape_.tokens_per_block, shape_.reduction,
-                           target, request.query_count);
+                           logits_.row_stride(), region, unit_tokens_, shape_.reduction, target,
+                           request.query_count);
       if (first) continue;
       const bool largest = shape_.reduction == GroupReduction::kMax;
       for (std::size_t b = 0; b < scores.size(); ++b) {
@@ -142,6 +163,8 @@ class Oracle final : public Selector {
   }
 
   SelectorShape shape_;
+  bool by_token_;
+  std::uint32_t unit_tokens_;
   SeenTokens tokens_;
   std::size_t row_bytes_;
   FixedArray<std::byte> keys_;  ///< [KV heads, tokens_max, head_dim]
@@ -154,15 +177,22 @@ class Oracle final : public Selector {
 }  // namespace
 
 const SelectorFamily& oracle_family() {
+  static constexpr std::string_view kParameters[] = {"granularity"};
   static const SelectorFamily kFamily = {
       .name = "oracle",
       .summary = "true attention mass from all keys: the best possible choice (measuring stick)",
+      .parameters = kParameters,
       .metadata = "2 head_dim B: every key",
       .build_cost = "a copy",
       .step_cost = "O(context * head_dim): exact logits",
-      .make = [](const SelectorRecipe&, SelectorFactory& factory) -> Status {
-        factory.make = [](const SelectorShape& shape, LayerIndex) {
-          return Result<std::unique_ptr<Selector>>(std::make_unique<Oracle>(shape));
+      .make = [](const SelectorRecipe& recipe, SelectorFactory& factory) -> Status {
+        static constexpr std::string_view kGranularities[] = {"block", "token"};
+        KVTIER_ASSIGN_OR_RETURN(const std::size_t granularity,
+                                recipe.parameters.choice("granularity", "block", kGranularities));
+        const bool by_token = granularity == 1;
+        factory.partial_blocks = by_token;
+        factory.make = [by_token](const SelectorShape& shape, LayerIndex) {
+          return Result<std::unique_ptr<Selector>>(std::make_unique<Oracle>(shape, by_token));
         };
         return {};
       }};

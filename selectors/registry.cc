@@ -31,6 +31,19 @@ std::span<const SelectorFamily* const> families() {
       &landmark_token_family(), &chunk_summary_family(), &hierarchical_family(),
       // Baselines.
       &oracle_family(), &recency_family(), &random_family()};
+  static const SelectorFamily* const kFamilies[] = {
+      // Landmarks.
+      &mean_family(),
+      // Clusters.
+      &cluster_family(),
+      // The prompt's questions.
+      &prompt_observed_family(),
+      // Baselines.
+      &oracle_family(), &recency_family(), &random_family(), &full_family(),
+      // Handed over.
+      &external_family(),
+      // Decorators.
+      &refresh_family(), &head_class_family(), &adaptive_budget_family()};
   return kFamilies;
 }
 

@@ -43,7 +43,7 @@ TEST(Registry, RefusesBadNamesAndSaysWhatItKnows) {
            {"landmark(tokens=(8)", "parenthes"},
            {"quest", "known: mean, "},
            {"landmark(size=8)", "known: tokens, outliers"},
-           {"oracle(tokens=8)", "known: reduction"},
+           {"oracle(tokens=8)", "known: granularity, reduction"},
            {"recency(x=1)", "known: reduction"},
            {"random(seed=1)", "known: reduction"},
            {"landmark(tokens=8,tokens=4)", "given twice"},

@@ -83,6 +83,15 @@ std::vector<std::string> names() {
                 "sentence(cap=9)", "probe(frame=unrotated,share=layer,tokens=8)",
                 "soft-vote(frame=unrotated,share=layer,pool=3)", "vq(parts=4,windowed=on)"});
                 "chunk-tree(tokens=3,effort=0,merge=1)", "hierarchical(chunks=16:4,keep=40)"});
+                "mean(tokens=16,outliers=0.5,reduction=max)", "mean(tokens=8,outliers=1)"});
+  names.insert(names.end(),
+               {"oracle(granularity=token)", "external(granularity=block,pool=sum)",
+                "cluster(segment=32,tokens=8,estimate=on)", "prompt-observed(score=ems,queries=4)",
+                "prompt-observed(score=kvcrush,queries=9,kernel=3)",
+                "cluster(segment=50,tokens=5,estimate=on,zone=0.25)",
+                "refresh(interval=9,similarity=0.5)/oracle(granularity=token)",
+                "head-class/adaptive-budget(rule=zipvl)/refresh/mean",
+                "adaptive-budget(rule=entropy)/mean"});
   return names;
 }
 
