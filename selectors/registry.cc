@@ -13,35 +13,18 @@ namespace kvtier {
 namespace {
 
 std::span<const SelectorFamily* const> families() {
-  static const SelectorFamily* const kFamilies[] = {// Landmarks.
-                                                    &mean_family(),
-                                                    // Quantised keys.
-                                                    &scan_family(), &two_stage_family(),
-                                                    // Baselines.
-                                                    &oracle_family(), &recency_family(),
-                                                    &random_family()};
   static const SelectorFamily* const kFamilies[] = {
-      // Landmarks.
-      &mean_family(), &sentence_family(), &probe_family(),
-      // Every token.
-      &int4_family(), &soft_vote_family(), &vq_family(),
-  static const SelectorFamily* const kFamilies[] = {
+      // Every token on small codes.
+      &scan_family(), &two_stage_family(), &int4_family(), &vq_family(), &soft_vote_family(),
       // Landmarks.
       &mean_family(), &minmax_family(), &mean_minmax_family(), &chunk_tree_family(),
-      &landmark_token_family(), &chunk_summary_family(), &hierarchical_family(),
-      // Baselines.
-      &oracle_family(), &recency_family(), &random_family()};
-  static const SelectorFamily* const kFamilies[] = {
-      // Landmarks.
-      &mean_family(),
-      // Clusters.
-      &cluster_family(),
-      // The prompt's questions.
-      &prompt_observed_family(),
-      // Baselines.
-      &oracle_family(), &recency_family(), &random_family(), &full_family(),
+      &hierarchical_family(), &chunk_summary_family(), &landmark_token_family(),
+      // Units of other shapes, and other questions.
+      &cluster_family(), &sentence_family(), &probe_family(), &prompt_observed_family(),
       // Handed over.
       &external_family(),
+      // Baselines.
+      &full_family(), &oracle_family(), &recency_family(), &random_family(),
       // Decorators.
       &refresh_family(), &head_class_family(), &adaptive_budget_family()};
   return kFamilies;

@@ -71,27 +71,29 @@ std::vector<std::string> names() {
   for (const SelectorListing& listing : known_selectors()) {
     names.push_back(listing.decorates ? listing.name + "/mean" : listing.name);
   }
-  names.insert(
-      names.end(),
-      {"landmark", "mean(tokens=3,outliers=0)", "mean(tokens=16,outliers=0.5,reduction=max)",
-       "mean(tokens=8,outliers=1)", "scan(bits=2,values=16)", "scan(tail=off)",
-       "two-stage(coarse=minmax,keep=2,tokens=8,bits=2,values=16)",
-       "two-stage(coarse=mean,tokens=24,tail=off)"});
-  names.insert(names.end(),
-               {"landmark", "mean(tokens=3,outliers=0)",
-                "mean(tokens=16,outliers=0.5,reduction=max)", "mean(tokens=8,outliers=1)",
-                "sentence(cap=9)", "probe(frame=unrotated,share=layer,tokens=8)",
-                "soft-vote(frame=unrotated,share=layer,pool=3)", "vq(parts=4,windowed=on)"});
-                "chunk-tree(tokens=3,effort=0,merge=1)", "hierarchical(chunks=16:4,keep=40)"});
-                "mean(tokens=16,outliers=0.5,reduction=max)", "mean(tokens=8,outliers=1)"});
-  names.insert(names.end(),
-               {"oracle(granularity=token)", "external(granularity=block,pool=sum)",
-                "cluster(segment=32,tokens=8,estimate=on)", "prompt-observed(score=ems,queries=4)",
-                "prompt-observed(score=kvcrush,queries=9,kernel=3)",
-                "cluster(segment=50,tokens=5,estimate=on,zone=0.25)",
-                "refresh(interval=9,similarity=0.5)/oracle(granularity=token)",
-                "head-class/adaptive-budget(rule=zipvl)/refresh/mean",
-                "adaptive-budget(rule=entropy)/mean"});
+  names.insert(names.end(), {"landmark",
+                             "mean(tokens=3,outliers=0)",
+                             "mean(tokens=16,outliers=0.5,reduction=max)",
+                             "mean(tokens=8,outliers=1)",
+                             "scan(bits=2,values=16)",
+                             "scan(tail=off)",
+                             "two-stage(coarse=minmax,keep=2,tokens=8,bits=2,values=16)",
+                             "two-stage(coarse=mean,tokens=24,tail=off)",
+                             "chunk-tree(tokens=3,effort=0,merge=1)",
+                             "hierarchical(chunks=16:4,keep=40)",
+                             "sentence(cap=9)",
+                             "probe(frame=unrotated,share=layer,tokens=8)",
+                             "soft-vote(frame=unrotated,share=layer,pool=3)",
+                             "vq(parts=4,windowed=on)",
+                             "oracle(granularity=token)",
+                             "external(granularity=block,pool=sum)",
+                             "cluster(segment=32,tokens=8,estimate=on)",
+                             "prompt-observed(score=ems,queries=4)",
+                             "prompt-observed(score=kvcrush,queries=9,kernel=3)",
+                             "cluster(segment=50,tokens=5,estimate=on,zone=0.25)",
+                             "refresh(interval=9,similarity=0.5)/oracle(granularity=token)",
+                             "head-class/adaptive-budget(rule=zipvl)/refresh/mean",
+                             "adaptive-budget(rule=entropy)/mean"});
   return names;
 }
 
