@@ -140,7 +140,9 @@ void PromptScores::crush_group(std::span<const std::uint32_t> distance,
                                std::span<float> scores) const {
   std::vector<std::uint32_t> winners(scores.size());
   std::iota(winners.begin(), winners.end(), 0u);
-  std::ranges::stable_sort(winners, std::greater(), [&](std::uint32_t b) { return scores[b]; });
+  std::ranges::sort(winners, [&](std::uint32_t a, std::uint32_t b) {
+    return scores[a] != scores[b] ? scores[a] > scores[b] : a < b;
+  });
   std::vector<std::vector<std::uint32_t>> buckets(shape_.query_heads() + 1);
   for (const std::uint32_t b : winners) buckets[distance[b]].push_back(b);
   std::vector<std::size_t> next(buckets.size());

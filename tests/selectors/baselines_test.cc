@@ -143,7 +143,9 @@ TEST(External, RanksTokensExactlyByTheScoresGiven) {
     const float* scores = request.external.scores + group * request.external.group_stride;
     std::vector<std::uint32_t> order;
     for (std::uint32_t t = 4; t < 184; ++t) order.push_back(t);
-    std::ranges::stable_sort(order, std::greater(), [&](std::uint32_t t) { return scores[t]; });
+    std::ranges::sort(order, [&](std::uint32_t a, std::uint32_t b) {
+      return scores[a] != scores[b] ? scores[a] > scores[b] : a < b;
+    });
     ASSERT_EQ(answer[group].ranked.size(), 50u);
     for (std::size_t i = 0; i < 50; ++i) {
       EXPECT_EQ(token_of(answer[group].ranked[i], shape), order[i]);

@@ -309,7 +309,9 @@ void expect_estimate(const SelectorShape& shape, const Context& context, double 
           std::ranges::any_of(entries[i], [&](auto t) { return !chosen.contains(t); });
       if (left) zone_order.push_back(i);
     }
-    std::ranges::stable_sort(zone_order, std::greater(), [&](std::size_t i) { return scores[i]; });
+    std::ranges::sort(zone_order, [&](std::size_t a, std::size_t b) {
+      return scores[a] != scores[b] ? scores[a] > scores[b] : a < b;
+    });
     zone_order.resize(std::min(zone_order.size(), static_cast<std::size_t>(std::ceil(
                                                       zone * static_cast<double>(present)))));
     const std::set<std::size_t> in_zone(zone_order.begin(), zone_order.end());
