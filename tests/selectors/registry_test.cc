@@ -41,7 +41,7 @@ TEST(Registry, RefusesBadNamesAndSaysWhatItKnows) {
            {"landmark(=8)", "incomplete"},
            {"landmark(tokens=8,)", "has no '='"},
            {"landmark(tokens=(8)", "parenthes"},
-           {"quest", "known: mean, "},
+           {"quest", ", mean, minmax, "},
            {"landmark(size=8)", "known: tokens, outliers"},
            {"oracle(tokens=8)", "known: granularity, reduction"},
            {"recency(x=1)", "known: reduction"},
