@@ -41,6 +41,9 @@ struct RuntimeOptions {
   GroupReduction reduction = GroupReduction::kSum;
   std::uint32_t sinks = 4;    ///< First tokens, always attended and held on the device.
   std::uint32_t window = 64;  ///< Last tokens, likewise.
+  /// Lets selectors with an opinion on it (`probe`, `adaptive-budget`) move tokens between layers:
+  /// one layer may then attend up to twice its budget, all layers together no more than their sum.
+  bool share_budget = false;
   EstimateRest estimate_rest = EstimateRest::kMeasured;
   /// Most steps of a layer from one that is measured to the next. A measurement reads a sample of
   /// what was not chosen: some 2,048 tokens per head group.

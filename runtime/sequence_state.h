@@ -137,6 +137,10 @@ struct Sequence::State {
   void release_blocks(Stream& stream, std::uint32_t first_block);
 
   // step.cc
+  std::span<const float> layer_demands() const {
+    return runtime.options.share_budget ? std::span<const float>(shared_demands)
+                                        : std::span<const float>();
+  }
   Status check_step(const StepRequest& request);
   StepRequest one_query_of(const StepRequest& request, std::uint32_t query) const;
   Status step_queries(const StepRequest& request, std::uint32_t first_query, StepTiming& timing);

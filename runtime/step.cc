@@ -76,7 +76,7 @@ Status Sequence::State::step_queries(const StepRequest& request, std::uint32_t f
       .budget_tokens = request.budget_tokens,
       .band_tokens = runtime.look_ahead->enabled() ? request.budget_tokens : 0,
       .external = request.external,
-      .layer_demands = shared_demands,
+      .layer_demands = layer_demands(),
       .layer = layer};
   Selector& selector = *selectors[layer];
   // One set of demands for all layers of a token: otherwise their shares would not add up.
@@ -273,7 +273,7 @@ Status Sequence::hint(const StepRequest& guess) {
        .first_position = s.tokens[layer] - guess.query_count,
        .budget_tokens = guess.budget_tokens,
        .external = guess.external,
-       .layer_demands = s.shared_demands,
+       .layer_demands = s.layer_demands(),
        .layer = layer},
       s.selections, runtime.environment.device->workers()));
   for (Stream& stream : s.streams_of(guess.layer)) {
