@@ -36,7 +36,7 @@ TEST_P(CachePolicy, HoldsWhatItsNaiveTwinHolds) {
       const CacheUse found = cache->use({.block = block, .tokens_before = tokens_before});
       naive->use(block, tokens_before);
       ASSERT_EQ(found.was_resident, was_resident);
-      ASSERT_FALSE(was_resident && found.evicted.has_value());
+      ASSERT_FALSE(was_resident && found.evicted != kNoBlock);
       std::uint32_t resident = 0;
       for (std::uint32_t b = 0; b < kUnique; ++b) {
         ASSERT_EQ(cache->contains(b), naive->contains(b))
@@ -61,8 +61,8 @@ TEST_P(CachePolicy, KeepsItsBookWhenBlocksAreTakenAway) {
     } else {
       const CacheUse found = cache->use({.block = block, .tokens_before = 0});
       ASSERT_EQ(found.was_resident, resident.contains(block));
-      if (found.evicted) {
-        ASSERT_EQ(resident.erase(*found.evicted), 1u);
+      if (found.evicted != kNoBlock) {
+        ASSERT_EQ(resident.erase(found.evicted), 1u);
       }
       resident.insert(block);
     }

@@ -7,6 +7,8 @@ namespace kvtier {
 
 /// A block of a trace: its number in the order of first appearance.
 using BlockNumber = std::uint32_t;
+/// The number of no block.
+inline constexpr BlockNumber kNoBlock = 0xFFFFFFFF;
 
 /// Numbers block ids in the order in which they are first seen. An id means something only inside
 /// its scope: a session, a model, or, re-keyed through a trie, the block before it.

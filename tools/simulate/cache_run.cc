@@ -10,8 +10,8 @@ namespace {
 /// The tiers of a run and what moves between them.
 class TierStack {
  public:
-  TierStack(const RequestTrace& trace, const CacheRunOptions& options, SimulationRun& run)
-      : options_(options), run_(run) {
+  TierStack(const RequestTrace& trace, const CacheRunOptions& options)
+      : options_(options), counts_(options.tiers.size()) {
     for (const TierSpec& tier : options.tiers) {
       // A tier larger than the trace never fills.
       const auto capacity =
@@ -20,11 +20,6 @@ class TierStack {
           make_simulated_cache(options.policy, {.unique_blocks = trace.unique_blocks(),
                                                 .capacity = static_cast<std::uint32_t>(capacity),
                                                 .costs = options.costs}));
-      run.tiers.push_back({.name = tier.name,
-                           .capacity_blocks = tier.capacity_blocks,
-                           .inserted_blocks = 0,
-                           .inserted_tokens = 0,
-                           .evicted_blocks = 0});
     }
     // Sizes travel with blocks that move down; every use brings the present one.
     if (is_cascade()) tokens_of_.resize(trace.unique_blocks());
@@ -39,10 +34,21 @@ class TierStack {
   }
 
   void use(const BlockUse& use, std::uint32_t tokens) {
-    if (is_cascade()) {
+    if (caches_.size() == 1) {
+      use_in(0, use, tokens);
+    } else if (is_cascade()) {
       use_exclusive(use, tokens);
     } else {
       use_inclusive(use, tokens);
+    }
+  }
+
+  /// What was written and evicted.
+  void put_counts(std::vector<TierResult>& tiers) const {
+    for (std::size_t i = 0; i < tiers.size(); ++i) {
+      tiers[i].inserted_blocks = counts_[i].inserted_blocks;
+      tiers[i].inserted_tokens = counts_[i].inserted_tokens;
+      tiers[i].evicted_blocks = counts_[i].evicted_blocks;
     }
   }
 
@@ -51,22 +57,26 @@ class TierStack {
     return options_.hierarchy == Hierarchy::kExclusive && options_.tiers.size() > 1;
   }
 
-  void count_insertion(std::size_t tier, std::uint32_t tokens) {
-    ++*run_.tiers[tier].inserted_blocks;
-    *run_.tiers[tier].inserted_tokens += tokens;
+  // Returns what the tier evicted.
+  BlockNumber use_in(std::size_t tier, const BlockUse& use, std::uint32_t tokens) {
+    const CacheUse found = caches_[tier]->use(use);
+    if (found.was_resident) return kNoBlock;
+    TierCounts& counts = counts_[tier];
+    ++counts.inserted_blocks;
+    counts.inserted_tokens += tokens;
+    if (found.evicted != kNoBlock) ++counts.evicted_blocks;
+    return found.evicted;
   }
 
   // From the last tier on: what leaves a tier has left those above before they make room.
   void use_inclusive(const BlockUse& use, std::uint32_t tokens) {
     for (std::size_t tier = caches_.size(); tier-- > 0;) {
-      const CacheUse found = caches_[tier]->use(use);
-      if (!found.was_resident) count_insertion(tier, tokens);
-      if (!found.evicted) continue;
-      ++*run_.tiers[tier].evicted_blocks;
+      const BlockNumber victim = use_in(tier, use, tokens);
+      if (victim == kNoBlock) continue;
       for (std::size_t above = 0; above < tier; ++above) {
-        if (!caches_[above]->contains(*found.evicted)) continue;
-        caches_[above]->remove(*found.evicted);
-        ++*run_.tiers[above].evicted_blocks;
+        if (!caches_[above]->contains(victim)) continue;
+        caches_[above]->remove(victim);
+        ++counts_[above].evicted_blocks;
       }
     }
   }
@@ -78,17 +88,21 @@ class TierStack {
     tokens_before_[use.block] = use.tokens_before;
     BlockUse moving = use;
     for (std::size_t tier = 0; tier < caches_.size(); ++tier) {
-      const CacheUse found = caches_[tier]->use(moving);
-      if (!found.was_resident) count_insertion(tier, tokens_of_[moving.block]);
-      if (!found.evicted) return;
-      ++*run_.tiers[tier].evicted_blocks;
-      moving = {.block = *found.evicted, .tokens_before = tokens_before_[*found.evicted]};
+      const BlockNumber victim = use_in(tier, moving, tokens_of_[moving.block]);
+      if (victim == kNoBlock) return;
+      moving = {.block = victim, .tokens_before = tokens_before_[victim]};
     }
   }
 
+  struct TierCounts {
+    std::uint64_t inserted_blocks = 0;
+    std::uint64_t inserted_tokens = 0;
+    std::uint64_t evicted_blocks = 0;
+  };
+
   const CacheRunOptions& options_;
-  SimulationRun& run_;
   std::vector<std::unique_ptr<SimulatedCache>> caches_;
+  std::vector<TierCounts> counts_;
   std::vector<std::uint32_t> tokens_of_;
   std::vector<std::uint64_t> tokens_before_;
 };
@@ -123,7 +137,10 @@ SimulationRun run_cache(const RequestTrace& trace, const CacheRunOptions& option
   KVTIER_CHECK(!options.tiers.empty(), "no tier");
   SimulationRun run;
   run.policy = options.policy;
-  TierStack tiers(trace, options, run);
+  for (const TierSpec& tier : options.tiers) {
+    run.tiers.push_back({.name = tier.name, .capacity_blocks = tier.capacity_blocks});
+  }
+  TierStack tiers(trace, options);
   std::uint64_t distinct = 0;
   for (const TierSpec& tier : options.tiers) distinct += tier.capacity_blocks;
   run.capacity_blocks =
@@ -151,6 +168,7 @@ SimulationRun run_cache(const RequestTrace& trace, const CacheRunOptions& option
                 trace.tokens_at(request, i));
     }
   }
+  tiers.put_counts(run.tiers);
   return run;
 }
 

@@ -5,12 +5,14 @@ usage: compare_peer.py KVTIER TRACE.jsonl [PYTHON]
 
 PYTHON is an interpreter that has kvcache-simulator (default: this one). Both run the same 20
 capacities of fifo, lru and optimal on one thread, the peer with its C++ back-end, compiled by a run
-before the one that is timed. Figures are of the last half of the requests, which is all that the
-peer reports; it leaves out capacities that are not full by then.
+before those that are timed. Times are medians of interleaved repetitions. Figures are of the last
+half of the requests, which is all that the peer reports; it leaves out capacities that are not full
+by then.
 """
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -19,6 +21,7 @@ MODEL = "llama-3.1-8b"  # 128 KiB of KV per token in bf16.
 BLOCK_TOKENS = 512
 BLOCKS_PER_GIB = (1 << 30) // (BLOCK_TOKENS * 128 * 1024)
 POLICIES = ["fifo", "lru", "optimal"]
+REPETITIONS = 7
 
 
 def timed(command):
@@ -46,7 +49,6 @@ def peer(python, trace, capacities):
     command = [python, "-m", "kvcache_sim", "run", "--trace", trace, "--model", MODEL,
                "--block-size", str(BLOCK_TOKENS), "--budgets-gib", budgets,
                "--policies", ",".join(POLICIES), "--backend", "cpp", "--format", "json"]
-    timed(command)
     result, wall, cpu = timed(command)
     hits = {(policy, point["cacheBlocks"]): point["results"][policy]["hitTokens"]
             for point in result["points"] for policy in POLICIES}
@@ -56,10 +58,13 @@ def peer(python, trace, capacities):
 def main():
     kvtier, trace = sys.argv[1:3]
     python = sys.argv[3] if len(sys.argv) > 3 else sys.executable
-    usual, wall, cpu = ours(kvtier, trace, "last-first")
+    usual, _, _ = ours(kvtier, trace, "last-first")
     forward, _, _ = ours(kvtier, trace, "first-first")
     capacities = sorted({capacity for _, capacity in usual})
-    theirs, peer_wall, peer_cpu = peer(python, os.path.abspath(trace), capacities)
+    theirs, _, _ = peer(python, os.path.abspath(trace), capacities)
+    times = [(*ours(kvtier, trace, "last-first")[1:], *peer(python, trace, capacities)[1:])
+             for _ in range(REPETITIONS)]
+    wall, cpu, peer_wall, peer_cpu = (statistics.median(column) for column in zip(*times))
     print(f"{'blocks':>8}  " + "  ".join(f"{p + ' ours':>14}  {p + ' peer':>14}" for p in POLICIES))
     differences = 0
     for capacity in capacities:

@@ -6,7 +6,6 @@
 
 #include <cstdint>
 #include <memory>
-#include <optional>
 #include <string_view>
 #include <vector>
 
@@ -37,8 +36,8 @@ struct BlockCosts {
 
 /// What a use found, and what had to leave for it.
 struct CacheUse {
+  BlockNumber evicted = kNoBlock;
   bool was_resident = false;
-  std::optional<BlockNumber> evicted;
 };
 
 /// A cache of `capacity` blocks in the hands of an eviction policy, without any data: blocks are
@@ -65,11 +64,11 @@ class SimulatedCache {
       on_hit(use);
       return {.was_resident = true};
     }
-    evicted_.reset();
+    evicted_ = kNoBlock;
     on_miss(use);
     KVTIER_CHECK(contains(use.block) && size_ <= capacity_, "block {}, {} of {} blocks", use.block,
                  size_, capacity_);
-    return {.was_resident = false, .evicted = evicted_};
+    return {.evicted = evicted_, .was_resident = false};
   }
 
   /// A resident block goes elsewhere; nothing is learnt.
@@ -107,7 +106,7 @@ class SimulatedCache {
   std::uint32_t capacity_;
   std::uint32_t size_ = 0;
   std::vector<std::uint8_t> is_resident_;
-  std::optional<BlockNumber> evicted_;  ///< By the present use.
+  BlockNumber evicted_ = kNoBlock;  ///< By the present use.
 };
 
 struct SimulatedCacheOptions {
