@@ -11,6 +11,8 @@
 #include <cmath>
 #include <filesystem>
 #include <fstream>
+#include <optional>
+#include <ostream>
 #include <string>
 
 namespace kvtier {
@@ -24,6 +26,9 @@ struct ReferenceCase {
   const char* test;
   std::optional<TraceIdentity> identity;
 };
+
+/// The name of the test, and nothing that differs between runs.
+void PrintTo(const ReferenceCase& reference, std::ostream* out) { *out << reference.name; }
 
 class Reference : public testing::TestWithParam<ReferenceCase> {};
 
