@@ -31,6 +31,17 @@ class PlaceLists {
     return links_[place].next != kNone;
   }
   std::uint32_t size(std::uint32_t list) const { return sizes_[list]; }
+  /// The place that was pushed first; `kNone` of an empty list.
+  std::uint32_t back(std::uint32_t list) const {
+    const std::uint32_t place = links_[capacity_ + list].previous;
+    return place < capacity_ ? place : kNone;
+  }
+  /// The next place towards the front; `kNone` at the front.
+  std::uint32_t ahead_of(std::uint32_t place) const {
+    KVTIER_CHECK(contains(place), "place {} is empty", place);
+    const std::uint32_t ahead = links_[place].previous;
+    return ahead < capacity_ ? ahead : kNone;
+  }
 
   void push_front(std::uint32_t list, std::uint32_t place) {
     KVTIER_CHECK(!contains(place), "place {} is taken", place);

@@ -51,6 +51,8 @@ constexpr ThirdParty kThirdParty[] = {
     {"CLI/", "tools"},
     {"nlohmann/", "tools"},
     {"openssl/", "tools"},
+    {"simdjson", "tools"},
+    {"zstd", "tools"},
     {"gtest/", "tests"},
     {"gmock/", "tests"},
 };

@@ -45,6 +45,8 @@ ExitCode run(int argc, char** argv) {
   add_inspect(app, exit_code);
   add_replay(app, exit_code);
   add_selectors(app, exit_code);
+  add_simulate(app, exit_code);
+  add_sweep(app, exit_code);
   add_bench(app, exit_code);
   try {
     app.parse(argc, argv);

@@ -1,4 +1,5 @@
 #include "memory/block_layout.h"
+#include "tools/cli/text_table.h"
 #include "tools/replay/replay_report.h"
 #include "tools/replay/samples.h"
 #include "tools/trace/json_document.h"
@@ -11,35 +12,6 @@
 
 namespace kvtier {
 namespace {
-
-/// Rows of text with columns aligned to the right, but for the first two, which are names.
-class TextTable {
- public:
-  void add(std::vector<std::string> cells) { rows_.push_back(std::move(cells)); }
-
-  std::string text() const {
-    std::vector<std::size_t> widths;
-    for (const auto& row : rows_) {
-      widths.resize(std::max(widths.size(), row.size()));
-      for (std::size_t i = 0; i < row.size(); ++i) widths[i] = std::max(widths[i], row[i].size());
-    }
-    std::string text;
-    for (const auto& row : rows_) {
-      std::string line;
-      for (std::size_t i = 0; i < row.size(); ++i) {
-        line += i < kNames ? fmt::format("{:<{}}  ", row[i], widths[i])
-                           : fmt::format("{:>{}}  ", row[i], widths[i]);
-      }
-      line.erase(line.find_last_not_of(' ') + 1);
-      text += line + "\n";
-    }
-    return text;
-  }
-
- private:
-  static constexpr std::size_t kNames = 2;
-  std::vector<std::vector<std::string>> rows_;
-};
 
 std::string share(std::optional<double> value) {
   return value ? fmt::format("{:.3f}", *value) : "-";
@@ -76,7 +48,7 @@ std::string header(const ReplayReport& report) {
 }
 
 std::string quality_table(const ReplayReport& report) {
-  TextTable table;
+  TextTable table(2);
   table.add({"selector", "budget", "tokens", "recall", "p5", "min", "of best", "far", "of best",
              "evidence", "error mean", "max"});
   for (std::size_t i = 0; i < report.runs.size(); ++i) {
@@ -119,7 +91,7 @@ std::string milliseconds(const RunRecord& run, double quantile) {
 }
 
 std::string traffic_table(const ReplayReport& report) {
-  TextTable table;
+  TextTable table(2);
   table.add({"selector", "budget", "hits % device / host / disk", "disk>host", "host>device",
              "look-ahead used / wasted", "verified", "bad", "recovered", "failed", "ms p50", "p99",
              "steps/s"});

@@ -8,15 +8,44 @@
 
 namespace kvtier {
 
-std::string sha256_hex(std::span<const std::byte> bytes) {
+struct Sha256::Context {
+  EVP_MD_CTX* evp = EVP_MD_CTX_new();
+  Context() = default;
+  ~Context() { EVP_MD_CTX_free(evp); }
+  Context(const Context&) = delete;
+  Context& operator=(const Context&) = delete;
+};
+
+Sha256::Sha256() : context_(std::make_unique<Context>()) {
+  KVTIER_CHECK(context_->evp != nullptr, "no memory for SHA-256");
+  KVTIER_CHECK(EVP_DigestInit_ex(context_->evp, EVP_sha256(), nullptr) == 1, "no SHA-256");
+}
+Sha256::Sha256(Sha256&&) noexcept = default;
+Sha256& Sha256::operator=(Sha256&&) noexcept = default;
+Sha256::~Sha256() = default;
+
+void Sha256::update(std::span<const std::byte> bytes) {
+  KVTIER_CHECK(EVP_DigestUpdate(context_->evp, bytes.data(), bytes.size()) == 1,
+               "SHA-256 refused {} bytes", bytes.size());
+}
+
+std::string Sha256::hex() const {
+  Context copy;
+  KVTIER_CHECK(copy.evp != nullptr && EVP_MD_CTX_copy_ex(copy.evp, context_->evp) == 1,
+               "no memory for SHA-256");
   std::array<unsigned char, EVP_MAX_MD_SIZE> digest = {};
   unsigned int length = 0;
-  const int done =
-      EVP_Digest(bytes.data(), bytes.size(), digest.data(), &length, EVP_sha256(), nullptr);
+  const int done = EVP_DigestFinal_ex(copy.evp, digest.data(), &length);
   KVTIER_CHECK(done == 1 && length == 32, "SHA-256 gave {} with {} bytes", done, length);
   std::string hex;
   for (unsigned int i = 0; i < length; ++i) hex += fmt::format("{:02x}", digest[i]);
   return hex;
+}
+
+std::string sha256_hex(std::span<const std::byte> bytes) {
+  Sha256 sha256;
+  sha256.update(bytes);
+  return sha256.hex();
 }
 
 }  // namespace kvtier
