@@ -10,8 +10,10 @@ void move_blocks_reference(const MoveBlocksParams& params) {
     const std::uint64_t from = params.moves[i].source_offset;
     const std::uint64_t to = params.moves[i].target_offset;
     MoveState state = MoveState::kMoved;
-    if (from % 16 != 0 || to % 16 != 0 || from + params.block_bytes > params.source.size() ||
-        to + params.block_bytes > params.target.size()) {
+    const bool inside = from <= params.source.size() && to <= params.target.size() &&
+                        params.source.size() - from >= params.block_bytes &&
+                        params.target.size() - to >= params.block_bytes;
+    if (from % 16 != 0 || to % 16 != 0 || !inside) {
       state = MoveState::kOutOfRange;
     } else {
       for (std::size_t b = 0; b < params.block_bytes; ++b) {

@@ -14,7 +14,6 @@
 
 namespace kvtier {
 
-
 /// XXH3's default secret as 64-bit words; a kernel's parameter, so it lies in constant memory.
 struct Xxh3Secret {
   std::uint64_t word[24];
