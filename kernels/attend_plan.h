@@ -14,22 +14,22 @@ inline constexpr std::uint32_t kAttendRows = 16;
 /// Tokens that are loaded, scored and summed together.
 inline constexpr std::uint32_t kAttendTileTokens = 16;
 inline constexpr unsigned kAttendThreads = 128;
-/// Units whose lists are split, at most: each has a counter in the workspace.
-inline constexpr std::uint32_t kMaxSplitUnits = 4096;
+inline constexpr std::uint32_t kMaxSplits = 512;
 
 /// A unit is one KV head of one task and up to 16 of its rows of queries; a CTA attends one split
-/// of one unit, and the last CTA of a unit to finish merges its splits.
+/// of one unit.
 struct AttendPlan {
   std::uint32_t rows = 0;        ///< Rows of one KV head: query * G + query head.
   std::uint32_t row_groups = 0;  ///< Of 16 rows.
   std::uint32_t units = 0;
   std::uint32_t splits = 1;
-  std::size_t partial_lse_offset = 0;  ///< Behind the counters; [units, splits, 16]
-  std::size_t partial_out_offset = 0;  ///< [units, splits, 16, value_dim]
+  /// In the workspace: lse [units, splits, 16], and from here on out [units, splits, 16,
+  /// value_dim].
+  std::size_t partial_out_offset = 0;
   std::size_t workspace_bytes = 0;
 };
 
-/// `teams` are the tiles that one CTA works on at a time, `ctas_per_multiprocessor` what fits.
+/// `teams` are the tiles that one CTA works on at a time.
 AttendPlan plan_attend(const GpuTraits& gpu, const AttendSlotsParams& params, std::uint32_t teams);
 
 /// What the kernel is launched with.
@@ -46,7 +46,6 @@ struct AttendArguments {
   const std::uint32_t* list_offsets;
   float* out;
   float* lse;
-  std::uint32_t* arrived;  ///< [units]
   float* partial_lse;
   float* partial_out;
   std::uint32_t slots;

@@ -3,17 +3,18 @@
 #include "kernels/attend_slots.h"
 #include "kernels/attend_team.cuh"
 
+#include <algorithm>
 #include <array>
 
 // Decoding reads every key and value once and does little with it, so everything here serves the
 // reading: a CTA's teams keep their rings of copies full (attend_team.cuh), a list is split until
-// the GPU is full (attend_plan.cc), and splits are merged by the last CTA to finish instead of by
-// another launch (attend_merge.cuh).
+// the GPU is full (attend_plan.cc), and splits are merged by a second kernel that starts while the
+// first one ends (attend_merge.cuh).
 
 namespace kvtier {
 namespace {
 
-/// Rows of queries of one unit to shared memory; zeros where there are none.
+/// Starts copying the rows of queries of one unit to shared memory; zeros where there are none.
 template <typename S>
 __device__ void load_queries(const AttendArguments& a, const AttendPlace& place,
                              std::uint32_t shared) {
@@ -32,18 +33,15 @@ __device__ void load_queries(const AttendArguments& a, const AttendPlace& place,
     copy_async(shared + row * S::kKeyPitch + piece * 16, from, present);
   }
   commit_copies();
-  wait_copies<0>();
-  __syncthreads();
 }
 
 __device__ AttendList list_of(const AttendArguments& a, const AttendPlace& place) {
   const std::uint32_t kv_head = place.first_head / a.group;
   const std::uint32_t task = place.sequence * a.head_groups + kv_head / a.heads_per_block;
   const std::uint32_t begin = a.list_offsets[task];
-  const std::uint64_t count = a.list_offsets[task + 1] - begin;
-  const auto first = static_cast<std::uint32_t>(count * place.split / a.splits);
-  const auto end = static_cast<std::uint32_t>(count * (place.split + 1) / a.splits);
-  AttendList list = {a.ranges + begin + first, end - first, kv_head % a.heads_per_block, {}};
+  const std::uint32_t count = a.list_offsets[task + 1] - begin;
+  AttendList list = {
+      a.ranges + begin, count, place.split, a.splits, kv_head % a.heads_per_block, {}};
 #pragma unroll
   for (unsigned r = 0; r < 2; ++r) {
     const std::uint32_t row = place.first_row + threadIdx.x % kWarpLanes / 4 + 8 * r;
@@ -60,6 +58,8 @@ template <typename S>
 __global__ void __launch_bounds__(kAttendThreads, 2)
     attend_slots_kernel(const __grid_constant__ AttendArguments a) {
   extern __shared__ __align__(128) std::byte shared[];
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   const AttendPlace place(a, blockIdx.x);
   load_queries<S>(a, place, shared_address(shared));
   const AttendList list = list_of(a, place);
@@ -82,8 +82,6 @@ __global__ void __launch_bounds__(kAttendThreads, 2)
     *reinterpret_cast<float4*>(out) = merge.mean(means, row, dim);
     if (dim == 0) (whole ? a.lse : a.partial_lse)[state] = means.lse;
   }
-  if (whole || !is_last_of_unit(a, place)) return;
-  merge_splits(a, place, S::kValueDim, reinterpret_cast<float*>(ring));
 }
 
 /// A kernel for one shape, and what launching it takes.
@@ -103,7 +101,6 @@ AttendKernel kernel_entry() {
   // A warp's registers hold the sums of 128 value dims.
   constexpr unsigned kSlices = kValueDim <= 128 ? 1 : kValueDim / 128;
   using S = AttendShape<Element, kHeadDim, kValueDim, kInKeys, kSlices>;
-  static_assert(512 * kAttendRows * sizeof(float) <= S::kRingBytes, "shares of 512 splits");
   return {kDType,
           kHeadDim,
           kValueDim,
@@ -152,7 +149,6 @@ void check_params(const AttendSlotsParams& params) {
   KVTIER_CHECK(params.sequence_stride % 8 == 0 && params.query_stride % 8 == 0 &&
                    reinterpret_cast<std::uintptr_t>(params.queries) % 16 == 0,
                "rows of queries are not aligned to 16 bytes");
-  KVTIER_CHECK(params.workspace != nullptr, "no workspace");
 }
 
 AttendArguments arguments_of(const AttendSlotsParams& params, const AttendPlan& plan) {
@@ -173,8 +169,7 @@ AttendArguments arguments_of(const AttendSlotsParams& params, const AttendPlan& 
           .list_offsets = params.list_offsets,
           .out = params.out,
           .lse = params.lse,
-          .arrived = reinterpret_cast<std::uint32_t*>(workspace),
-          .partial_lse = reinterpret_cast<float*>(workspace + plan.partial_lse_offset),
+          .partial_lse = reinterpret_cast<float*>(workspace),
           .partial_out = reinterpret_cast<float*>(workspace + plan.partial_out_offset),
           .slots = slab.slots,
           .tokens_per_block = slab.tokens_per_block,
@@ -201,15 +196,29 @@ Status attend_slots(const Gpu& gpu, const AttendSlotsParams& params, StreamRef s
   const AttendPlan plan = plan_attend(gpu.traits(), params, kernel.teams);
   if (plan.units == 0) return {};
   check_params(params);
+  KVTIER_CHECK(plan.workspace_bytes == 0 || params.workspace != nullptr, "no workspace");
   AttendArguments arguments = arguments_of(params, plan);
+  // A kernel may start early from sm_90 on.
+  const bool early = gpu.traits().capability >= 90;
   void* pointers[] = {&arguments};
-  return gpu.launch({.kernel = kernel.kernel,
-                     .grid = {plan.units * plan.splits, 1, 1},
+  KVTIER_RETURN_IF_ERROR(gpu.launch({.kernel = kernel.kernel,
+                                     .grid = {plan.units * plan.splits, 1, 1},
+                                     .threads = kAttendThreads,
+                                     .shared_bytes = kernel.shared_bytes,
+                                     .arguments = pointers,
+                                     .stream = stream.get(),
+                                     .early = early},
+                                    "attend_slots"));
+  if (plan.splits == 1) return {};
+  std::uint32_t value_dim = params.slab.value_dim;
+  void* merge_pointers[] = {&arguments, &value_dim};
+  return gpu.launch({.kernel = reinterpret_cast<const void*>(&merge_splits_kernel),
+                     .grid = {plan.units, std::min(plan.rows, kAttendRows), 1},
                      .threads = kAttendThreads,
-                     .shared_bytes = kernel.shared_bytes,
-                     .arguments = pointers,
-                     .stream = stream.get()},
-                    "attend_slots");
+                     .arguments = merge_pointers,
+                     .stream = stream.get(),
+                     .early = early},
+                    "merging the splits of attend_slots");
 }
 
 }  // namespace kvtier

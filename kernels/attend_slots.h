@@ -70,17 +70,17 @@ struct AttendSlotsParams {
   /// [sequences, queries, head_groups * H * G], contiguous: `kEmptyLse` when nothing is attended.
   float* lse = nullptr;
 
-  /// `attend_slots_workspace_bytes` bytes, 256-byte aligned; zero before the first use, and left
-  /// fit for the next. Calls that may run at one time need one each.
+  /// `attend_slots_workspace_bytes` bytes, 256-byte aligned, of any content. Calls that may run at
+  /// one time need one each.
   std::byte* workspace = nullptr;
 };
 
 /// Bytes that `attend_slots` needs for these shapes on this GPU.
 std::size_t attend_slots_workspace_bytes(const Gpu& gpu, const AttendSlotsParams& params);
 
-/// Enqueues the attention: one kernel, whatever the batch. Everything that `params` points to stays
-/// alive until the stream is past it. Allocates nothing, waits for nothing; may be captured in a
-/// graph, with the lists changing between replays.
+/// Enqueues the attention: one kernel, and one more where lists are split. Everything that `params`
+/// points to stays alive until the stream is past it. Allocates nothing, waits for nothing; may be
+/// captured in a graph, with the lists changing between replays.
 ///
 /// A range that names a slot outside the slab, or tokens outside its block, makes the rows of its
 /// task NaN, as does NaN in a key or value: what is wrong cannot be overlooked.

@@ -54,10 +54,13 @@ struct AttendShape {
 inline constexpr std::uint32_t kNoPosition = 0xFFFFFFFFu;
 inline constexpr float kLog2E = 1.4426950408889634f;
 
-/// The part of a list that one CTA attends, in one KV head.
+/// A list and the part of it that one CTA attends, in one KV head: every `splits`-th group of as
+/// many tiles as there are teams, so that all CTAs of a list read neighbouring memory at one time.
 struct AttendList {
   const SlotRange* ranges;
   std::uint32_t count;
+  std::uint32_t split;
+  std::uint32_t splits;
   std::uint32_t head;
   std::uint32_t limits[2];  ///< Last position that this lane's two rows may see.
 };
@@ -92,13 +95,20 @@ class AttendTeam {
     }
   }
 
+  /// Attends this team's tiles. The copies of the queries have been committed by every thread of
+  /// the CTA, all of which call this.
   __device__ void run() {
     const std::uint32_t tokens = list_.count * a_.tokens_per_block;
     const std::uint32_t tiles = (tokens + kAttendTileTokens - 1) / kAttendTileTokens;
-    const std::uint32_t mine = tiles > team_ ? (tiles - team_ + S::kTeams - 1) / S::kTeams : 0;
+    const std::uint32_t first = list_.split * S::kTeams + team_;
+    const std::uint32_t step = list_.splits * S::kTeams;
+    const std::uint32_t mine = tiles > first ? (tiles - first + step - 1) / step : 0;
     look_up(0, mine);
 #pragma unroll
     for (unsigned i = 0; i < S::kStages - 1; ++i) request(i, mine, i);
+    // All but the groups of the tiles: the queries are in.
+    wait_copies<S::kStages - 1>();
+    __syncthreads();
     unsigned stage = 0;
     for (std::uint32_t i = 0; i < mine; ++i) {
       wait_copies<S::kStages - 2>();
@@ -122,7 +132,7 @@ class AttendTeam {
   }
 
   __device__ std::uint32_t first_token(std::uint32_t i) const {
-    return (i * S::kTeams + team_) * kAttendTileTokens;
+    return ((i * list_.splits + list_.split) * S::kTeams + team_) * kAttendTileTokens;
   }
 
   /// Reads ahead which range this lane's token of tile `i` belongs to (two lanes per token).
@@ -170,10 +180,10 @@ class AttendTeam {
       const std::uint64_t from = __shfl_sync(kAllLanes, offset, row);
       const bool present = from != kAbsent;
       const std::byte* key = a_.blocks + (present ? from : 0) + piece * 16;
-      copy_async(stage + row * S::kKeyPitch + piece * 16, key, present);
+      copy_async_once(stage + row * S::kKeyPitch + piece * 16, key, present, policy_);
       if constexpr (!S::kValuesInKeys) {
-        copy_async(stage + S::kValuesAt + row * S::kValuePitch + piece * 16,
-                   key + (present ? a_.values_offset : 0), present);
+        copy_async_once(stage + S::kValuesAt + row * S::kValuePitch + piece * 16,
+                        key + (present ? a_.values_offset : 0), present, policy_);
       }
     }
   }
@@ -304,6 +314,7 @@ class AttendTeam {
   std::uint32_t queries_;
   std::uint32_t ring_;
   std::uint32_t positions_;
+  std::uint64_t policy_ = read_once_policy();
   SlotRange range_;
   std::uint32_t token_in_block_ = 0;
   bool broken_ = false;

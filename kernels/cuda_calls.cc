@@ -49,9 +49,17 @@ class CudaRuntime final : public CudaCalls {
                                      static_cast<int>(bytes)));
   }
   CudaError launch(const KernelLaunch& launch) override {
-    const dim3 grid(launch.grid[0], launch.grid[1], launch.grid[2]);
-    return take(cudaLaunchKernel(launch.kernel, grid, dim3(launch.threads), launch.arguments,
-                                 launch.shared_bytes, launch.stream));
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(launch.grid[0], launch.grid[1], launch.grid[2]);
+    config.blockDim = dim3(launch.threads);
+    config.dynamicSmemBytes = launch.shared_bytes;
+    config.stream = launch.stream;
+    config.attrs = &early;
+    config.numAttrs = launch.early ? 1 : 0;
+    return take(cudaLaunchKernelExC(&config, launch.kernel, launch.arguments));
   }
 
   CudaError allocate(void** address, std::size_t bytes, CUstream_st* stream) override {
@@ -89,6 +97,21 @@ class CudaRuntime final : public CudaCalls {
   CudaError elapsed_ms(CUevent_st* begin, CUevent_st* end, float& ms) override {
     return take(cudaEventElapsedTime(&ms, begin, end));
   }
+
+  CudaError begin_capture(CUstream_st* stream) override {
+    return take(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  }
+  CudaError end_capture(CUstream_st* stream, CUgraphExec_st** graph) override {
+    cudaGraph_t captured = nullptr;
+    if (const CudaError error = take(cudaStreamEndCapture(stream, &captured))) return error;
+    const CudaError error = take(cudaGraphInstantiate(graph, captured, 0));
+    cudaGraphDestroy(captured);
+    return error;
+  }
+  CudaError launch_graph(CUgraphExec_st* graph, CUstream_st* stream) override {
+    return take(cudaGraphLaunch(graph, stream));
+  }
+  CudaError destroy_graph(CUgraphExec_st* graph) override { return cudaGraphExecDestroy(graph); }
 
   std::string_view describe(CudaError error) override {
     return cudaGetErrorString(static_cast<cudaError_t>(error));
@@ -147,6 +170,10 @@ class NoCuda final : public CudaCalls {
   CudaError record(CUevent_st*, CUstream_st*) override { return kNoDevice; }
   CudaError wait_event(CUevent_st*) override { return kNoDevice; }
   CudaError elapsed_ms(CUevent_st*, CUevent_st*, float&) override { return kNoDevice; }
+  CudaError begin_capture(CUstream_st*) override { return kNoDevice; }
+  CudaError end_capture(CUstream_st*, CUgraphExec_st**) override { return kNoDevice; }
+  CudaError launch_graph(CUgraphExec_st*, CUstream_st*) override { return kNoDevice; }
+  CudaError destroy_graph(CUgraphExec_st*) override { return kNoDevice; }
   std::string_view describe(CudaError) override { return "this kvtier was built without CUDA"; }
 };
 

@@ -10,6 +10,7 @@
 
 struct CUstream_st;
 struct CUevent_st;
+struct CUgraphExec_st;
 
 namespace kvtier {
 
@@ -36,6 +37,9 @@ struct KernelLaunch {
   std::size_t shared_bytes = 0;
   void** arguments = nullptr;
   CUstream_st* stream = nullptr;
+  /// Let the kernel start while the one before it on the stream ends; it waits for that one's
+  /// results itself (`wait_for_previous_kernel`). From sm_90 on.
+  bool early = false;
 };
 
 /// One piece of a batch of copies.
@@ -78,6 +82,12 @@ class CudaCalls {
   virtual CudaError record(CUevent_st* event, CUstream_st* stream) = 0;
   virtual CudaError wait_event(CUevent_st* event) = 0;
   virtual CudaError elapsed_ms(CUevent_st* begin, CUevent_st* end, float& ms) = 0;
+
+  /// What is enqueued on the stream between these two is not run, but kept as a graph.
+  virtual CudaError begin_capture(CUstream_st* stream) = 0;
+  virtual CudaError end_capture(CUstream_st* stream, CUgraphExec_st** graph) = 0;
+  virtual CudaError launch_graph(CUgraphExec_st* graph, CUstream_st* stream) = 0;
+  virtual CudaError destroy_graph(CUgraphExec_st* graph) = 0;
 
   virtual std::string_view describe(CudaError error) = 0;
 };

@@ -4,7 +4,7 @@
 #include "memory/status.h"
 #include "memory/stream_ref.h"
 
-#include <cstddef>
+#include <memory>
 
 namespace kvtier {
 
@@ -28,10 +28,14 @@ class Gpu {
   Status synchronize(StreamRef stream) const;
 
  private:
-  Gpu(CudaCalls& calls, GpuTraits traits) : calls_(&calls), traits_(std::move(traits)) {}
+  struct Allowed;
+  Gpu(CudaCalls& calls, GpuTraits traits);
 
   CudaCalls* calls_;
   GpuTraits traits_;
+  /// Kernels that were given more shared memory than they have without asking: asking at each
+  /// launch costs a third of it. Shared by copies.
+  std::shared_ptr<Allowed> allowed_;
 };
 
 }  // namespace kvtier

@@ -89,6 +89,33 @@ PinnedRegion::~PinnedRegion() {
   if (calls_ != nullptr) calls_->unpin(region_.bytes().data());
 }
 
+Result<GpuGraph> GpuGraph::capture(const Gpu& gpu, StreamRef stream,
+                                   const std::function<Status()>& enqueue) {
+  CudaCalls& calls = gpu.calls();
+  KVTIER_RETURN_IF_ERROR(
+      cuda_status(calls, calls.begin_capture(stream.get()), "beginning a capture"));
+  const Status enqueued = enqueue();
+  // Ended in any case: a stream that captures can do nothing else.
+  CUgraphExec_st* graph = nullptr;
+  const Status ended =
+      cuda_status(calls, calls.end_capture(stream.get(), &graph), "ending a capture");
+  if (!ended.ok()) return enqueued.ok() ? ended : enqueued;
+  GpuGraph captured(calls, graph);
+  if (!enqueued.ok()) return enqueued;
+  return captured;
+}
+
+GpuGraph::GpuGraph(GpuGraph&& other) noexcept
+    : calls_(other.calls_), graph_(std::exchange(other.graph_, nullptr)) {}
+
+GpuGraph::~GpuGraph() {
+  if (graph_ != nullptr) calls_->destroy_graph(graph_);
+}
+
+Status GpuGraph::launch(StreamRef stream) const {
+  return cuda_status(*calls_, calls_->launch_graph(graph_, stream.get()), "launching a graph");
+}
+
 Result<GpuTimer> GpuTimer::create(const Gpu& gpu) {
   GpuTimer timer(gpu.calls());
   for (CUevent_st** event : {&timer.begin_, &timer.end_}) {

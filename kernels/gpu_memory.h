@@ -6,6 +6,7 @@
 #include "memory/stream_ref.h"
 
 #include <cstddef>
+#include <functional>
 #include <span>
 
 // Owners of what the GPU's driver hands out. Each is move-only and releases in its destructor,
@@ -88,6 +89,24 @@ class PinnedRegion {
   PinnedRegion(CudaCalls& calls, Region region) : calls_(&calls), region_(std::move(region)) {}
   CudaCalls* calls_;
   Region region_;
+};
+
+/// Work that was captured from a stream and is replayed as one launch.
+class GpuGraph {
+ public:
+  /// Runs `enqueue`, which enqueues on `stream` only, without executing what it enqueues.
+  static Result<GpuGraph> capture(const Gpu& gpu, StreamRef stream,
+                                  const std::function<Status()>& enqueue);
+  GpuGraph(GpuGraph&& other) noexcept;
+  GpuGraph& operator=(GpuGraph&&) = delete;
+  ~GpuGraph();
+
+  Status launch(StreamRef stream) const;
+
+ private:
+  GpuGraph(CudaCalls& calls, CUgraphExec_st* graph) : calls_(&calls), graph_(graph) {}
+  CudaCalls* calls_;
+  CUgraphExec_st* graph_;
 };
 
 /// Time that work on one stream takes, from `start` to `stop`, by events.

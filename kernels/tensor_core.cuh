@@ -20,9 +20,23 @@ __device__ inline std::uint32_t shared_address(const void* pointer) {
 /// Copies 16 bytes to shared memory without waiting; zeros when not `present`, reading nothing.
 __device__ inline void copy_async(std::uint32_t target, const void* source, bool present) {
   const int bytes = present ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
                "r"(bytes)
                : "memory");
+}
+/// The same for what is read once: the first to leave the L2 cache, fetched by pairs of lines.
+__device__ inline std::uint64_t read_once_policy() {
+  std::uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ inline void copy_async_once(std::uint32_t target, const void* source, bool present,
+                                       std::uint64_t policy) {
+  const int bytes = present ? 16 : 0;
+  asm volatile(
+      "cp.async.cg.shared.global.L2::cache_hint.L2::256B [%0], [%1], 16, %2, %3;" ::"r"(target),
+      "l"(source), "r"(bytes), "l"(policy)
+      : "memory");
 }
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 /// Waits until at most `kPending` of the groups committed by this thread are on their way.

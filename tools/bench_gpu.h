@@ -33,6 +33,9 @@ int run_bench_gather(const GpuBenchOptions& options);
 /// Attention over resident slots, against the rate at which memory is read and PyTorch.
 int run_bench_gpu_attention(const GpuBenchOptions& options);
 
+/// Scoring of landmarks and choosing the best, at the rate at which memory is read.
+int run_bench_select(const GpuBenchOptions& options);
+
 /// Microseconds of one kind of work over the repetitions.
 struct GpuSamples {
   double median = 0;

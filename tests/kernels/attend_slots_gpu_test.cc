@@ -1,8 +1,6 @@
 #include "kernels/attend_slots.h"
 #include "tests/kernels/slots_case.h"
 
-#include <cuda_runtime_api.h>
-
 #include <cmath>
 
 namespace kvtier {
@@ -82,14 +80,13 @@ class AttendSlotsGpu : public GpuTest {
     return attend(c, c.slab(), ranges_max);
   }
 
-  /// One workspace for all calls, whatever their shapes: each must leave it fit for the next.
+  /// One workspace for all calls, whatever their shapes; NaN at first.
   std::byte* workspace(const AttendSlotsParams& params) {
     const std::size_t bytes = attend_slots_workspace_bytes(gpu(), params);
     if (!workspace_ || workspace_->size() < bytes) {
       workspace_.reset();
       workspace_.emplace(device_bytes(bytes));
-      // Zeros for the counters, as promised; the rest must not matter.
-      EXPECT_TRUE(workspace_->fill(0).ok());
+      EXPECT_TRUE(workspace_->fill(0xFF).ok());
     }
     return workspace_->data();
   }
@@ -224,21 +221,15 @@ TEST_F(AttendSlotsGpu, AGraphReplaysTheSameBits) {
   params.out = out.as<float>();
   params.lse = lse.as<float>();
   params.workspace = workspace(params);
-  cudaStream_t raw = stream().get();
-  cudaGraph_t graph = nullptr;
-  cudaGraphExec_t instance = nullptr;
-  ASSERT_EQ(cudaStreamBeginCapture(raw, cudaStreamCaptureModeRelaxed), cudaSuccess);
-  ASSERT_TRUE(attend_slots(gpu(), params, stream()).ok());
-  ASSERT_EQ(cudaStreamEndCapture(raw, &graph), cudaSuccess);
-  ASSERT_EQ(cudaGraphInstantiate(&instance, graph, 0), cudaSuccess);
+  const Result<GpuGraph> graph =
+      GpuGraph::capture(gpu(), stream(), [&] { return attend_slots(gpu(), params, stream()); });
+  ASSERT_TRUE(graph.ok()) << graph.status().to_string();
   for (int replay = 0; replay < 3; ++replay) {
     ASSERT_TRUE(out.fill(0x7F).ok());
-    ASSERT_EQ(cudaGraphLaunch(instance, raw), cudaSuccess);
+    ASSERT_TRUE(graph->launch(stream()).ok());
     EXPECT_EQ(to_host<float>(out), expected.out) << replay;
     EXPECT_EQ(to_host<float>(lse), expected.lse) << replay;
   }
-  cudaGraphExecDestroy(instance);
-  cudaGraphDestroy(graph);
 }
 
 TEST_F(AttendSlotsGpu, NoSequencesIsSuccessAndOtherShapesAreRefused) {

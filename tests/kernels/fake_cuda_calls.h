@@ -79,6 +79,12 @@ class FakeCudaCalls : public CudaCalls {
     ms = 1.5f;
     return next();
   }
+  CudaError begin_capture(CUstream_st*) override { return next(); }
+  CudaError end_capture(CUstream_st*, CUgraphExec_st** graph) override {
+    return create(reinterpret_cast<void**>(graph), 64);
+  }
+  CudaError launch_graph(CUgraphExec_st*, CUstream_st*) override { return next(); }
+  CudaError destroy_graph(CUgraphExec_st* graph) override { return destroy(graph); }
   std::string_view describe(CudaError) override { return "an injected error"; }
 
  private:

@@ -64,6 +64,10 @@ Status use_memory(CudaCalls& calls) {
   KVTIER_ASSIGN_OR_RETURN(Region region, Region::allocate({.bytes = 8192}));
   KVTIER_ASSIGN_OR_RETURN(const PinnedRegion pinned, PinnedRegion::pin(gpu, std::move(region)));
   KVTIER_RETURN_IF_ERROR(timer.start(stream.ref()));
+  KVTIER_ASSIGN_OR_RETURN(const GpuGraph graph, GpuGraph::capture(gpu, stream.ref(), [&] {
+                            return gpu.launch({.threads = 32}, "some_kernel");
+                          }));
+  KVTIER_RETURN_IF_ERROR(graph.launch(stream.ref()));
   KVTIER_RETURN_IF_ERROR(buffer.fill(3));
   KVTIER_RETURN_IF_ERROR(buffer.upload(pinned.bytes().first(64), 128));
   KVTIER_RETURN_IF_ERROR(buffer.download(pinned.bytes().first(64), 64));

@@ -91,6 +91,8 @@ void add_bench(CLI::App& app, ExitCode& exit_code) {
                 "Page-locked memory that blocks lie in", run_bench_gather, exit_code);
   add_gpu_bench(*verb, "gpu-attention", "Attention on the GPU over resident slots",
                 "GPU memory that blocks lie in", run_bench_gpu_attention, exit_code);
+  add_gpu_bench(*verb, "select", "Scoring of landmarks and the choice of the best, on the GPU",
+                "GPU memory that landmarks lie in", run_bench_select, exit_code);
 #endif
 }
 
