@@ -198,18 +198,26 @@ class AttendTeam {
     add_values(stage + S::kValuesAt, high, low);
   }
 
-  /// logits[n] are those of tokens 8 n .. 8 n + 7 against the 16 rows of queries.
+  /// logits[n] are those of tokens 8 n .. 8 n + 7 against the 16 rows of queries. Even and odd
+  /// steps have sums of their own: a chain of dependent products half as long.
   __device__ void multiply_keys(std::uint32_t stage, float (&logits)[2][4]) const {
     const unsigned tile = lane_ / 8;
     const unsigned row = lane_ % 8;
     const std::uint32_t query = queries_ + (row + tile % 2 * 8) * S::kKeyPitch + tile / 2 * 16;
     const std::uint32_t key = stage + (row + tile / 2 * 8) * S::kKeyPitch + tile % 2 * 16;
+    float odd[2][4] = {};
 #pragma unroll
     for (unsigned k = 0; k < S::kKeyPieces; k += 2) {
       const uint4 a = load_tiles(query + k * 16);
       const uint4 b = load_tiles(key + k * 16);
-      TensorCore<typename S::Element>::multiply_add(logits[0], a, b.x, b.y);
-      TensorCore<typename S::Element>::multiply_add(logits[1], a, b.z, b.w);
+      auto& sums = k / 2 % 2 == 0 ? logits : odd;
+      TensorCore<typename S::Element>::multiply_add(sums[0], a, b.x, b.y);
+      TensorCore<typename S::Element>::multiply_add(sums[1], a, b.z, b.w);
+    }
+#pragma unroll
+    for (unsigned i = 0; i < 4; ++i) {
+      logits[0][i] += odd[0][i];
+      logits[1][i] += odd[1][i];
     }
   }
 
@@ -287,8 +295,8 @@ class AttendTeam {
     for (unsigned c = 0; c < S::kColumns; c += 2) {
       const uint4 b = load_tiles_transposed(value + c * 16);
       Core::multiply_add(sums[c], high, b.x, b.y);
-      Core::multiply_add(sums[c], low, b.x, b.y);
       Core::multiply_add(sums[c + 1], high, b.z, b.w);
+      Core::multiply_add(sums[c], low, b.x, b.y);
       Core::multiply_add(sums[c + 1], low, b.z, b.w);
     }
   }

@@ -50,18 +50,6 @@ struct Arguments {
   Xxh3Secret secret;
 };
 
-/// A row of the stream of rows that one warp moves: its blocks lie `stride` apart in the list.
-struct Cursor {
-  std::uint32_t move;
-  std::uint32_t row;
-
-  __device__ void advance(std::uint32_t rows, std::uint32_t stride) {
-    if (++row < rows) return;
-    row = 0;
-    move += stride;
-  }
-};
-
 __device__ bool in_range(std::uint64_t offset, std::uint64_t bytes, std::uint64_t region) {
   return offset % 16 == 0 && offset <= region && bytes <= region - offset;
 }
@@ -75,100 +63,135 @@ __device__ uint4 load_once(const std::byte* from) {
   return bytes;
 }
 
+/// What lane k knows of the k-th row of a batch, read ahead: one latency for all rows of a batch,
+/// hidden behind the batch before. `target_offset` is kNowhere for a block out of range.
+struct RowAhead {
+  std::uint32_t move = 0;
+  std::uint32_t row = 0;
+  std::uint64_t source_offset = 0;
+  std::uint64_t target_offset = 0;
+  std::uint64_t seed = 0;
+  std::uint64_t sum = 0;
+};
+constexpr std::uint64_t kNowhere = ~std::uint64_t{0};
+
 template <MoveCheck kCheck>
 class WarpMover {
  public:
-  __device__ WarpMover(const Arguments& a, std::uint32_t warp, std::uint32_t stride)
+  __device__ WarpMover(const Arguments& a, std::uint32_t warp, std::uint32_t stride,
+                       std::uint32_t count)
       : a_(a),
         lane_(threadIdx.x % kWarpLanes),
+        warp_(warp),
         stride_(stride),
+        count_(count),
         pieces_(a.block_bytes / 16),
         rows_((pieces_ + kWarpLanes - 1) / kWarpLanes),
-        next_{warp, 0},
         hash_(a.secret, lane_) {}
 
-  __device__ void run(std::uint32_t count) {
-    while (next_.move < count) {
+  __device__ void run() {
+    if (warp_ >= count_) return;
+    const std::uint64_t all = std::uint64_t{(count_ - warp_ - 1) / stride_ + 1} * rows_;
+    look_ahead(0, all);
+    for (std::uint64_t first = 0; first < all; first += kRowsInFlight) {
+      const RowAhead batch = ahead_;
       uint4 bytes[kRowsInFlight];
-      std::byte* targets[kRowsInFlight];
-      Cursor load = next_;
 #pragma unroll
       for (unsigned k = 0; k < kRowsInFlight; ++k) {
-        targets[k] = request(load, count, bytes[k]);
-        load.advance(rows_, stride_);
+        bytes[k] = first + k < all ? request(batch, k) : uint4{};
       }
+      look_ahead(first + kRowsInFlight, all);
 #pragma unroll
       for (unsigned k = 0; k < kRowsInFlight; ++k) {
-        if (next_.move >= count) break;
-        place(bytes[k], targets[k]);
-        next_.advance(rows_, stride_);
+        if (first + k >= all) break;
+        place(batch, k, bytes[k]);
       }
     }
   }
 
  private:
-  /// Requests this lane's piece of a row; returns where it goes, or null for a block that is out
-  /// of range. A lane without a piece (the row is the block's last) asks for nothing.
-  __device__ std::byte* request(const Cursor& at, std::uint32_t count, uint4& bytes) const {
-    bytes = {};
-    if (at.move >= count) return nullptr;
-    const BlockMove move = a_.moves[at.move];
-    if (!in_range(move.source_offset, a_.block_bytes, a_.source_bytes) ||
-        !in_range(move.target_offset, a_.block_bytes, a_.target_bytes)) {
-      return nullptr;
-    }
-    const std::uint32_t piece = at.row * kWarpLanes + lane_;
-    if (piece < pieces_) {
-      bytes = load_once(a_.source + move.source_offset + std::size_t{piece} * 16);
-    }
-    return a_.target + move.target_offset;
+  /// Reads what there is to know of the rows from `first` on, one row a lane.
+  __device__ void look_ahead(std::uint64_t first, std::uint64_t all) {
+    const std::uint64_t at = first + lane_;
+    if (lane_ >= kRowsInFlight || at >= all) return;
+    ahead_.move = warp_ + static_cast<std::uint32_t>(at / rows_) * stride_;
+    ahead_.row = static_cast<std::uint32_t>(at % rows_);
+    const BlockMove move = a_.moves[ahead_.move];
+    const bool inside = in_range(move.source_offset, a_.block_bytes, a_.source_bytes) &&
+                        in_range(move.target_offset, a_.block_bytes, a_.target_bytes);
+    ahead_.source_offset = move.source_offset;
+    ahead_.target_offset = inside ? move.target_offset : kNowhere;
+    if constexpr (kCheck != MoveCheck::kNone) ahead_.seed = a_.seeds[ahead_.move];
+    if constexpr (kCheck == MoveCheck::kVerify) ahead_.sum = a_.sums[ahead_.move];
   }
 
-  __device__ void place(uint4 bytes, std::byte* target) {
-    const bool last_row = next_.row + 1 == rows_;
-    if (target == nullptr) {
-      if (last_row) report(MoveState::kOutOfRange);
+  template <typename T>
+  __device__ static T of_row(T value, unsigned k) {
+    return __shfl_sync(kAllLanes, value, k);
+  }
+
+  /// Requests this lane's piece of a row. A lane without a piece (the row is the block's last) asks
+  /// for nothing, nor does any lane for a block out of range.
+  __device__ uint4 request(const RowAhead& batch, unsigned k) const {
+    const std::uint64_t source = of_row(batch.source_offset, k);
+    const bool inside = of_row(batch.target_offset, k) != kNowhere;
+    const std::uint32_t piece = of_row(batch.row, k) * kWarpLanes + lane_;
+    if (!inside || piece >= pieces_) return {};
+    return load_once(a_.source + source + std::size_t{piece} * 16);
+  }
+
+  __device__ void place(const RowAhead& batch, unsigned k, uint4 bytes) {
+    const std::uint32_t move = of_row(batch.move, k);
+    const std::uint32_t row = of_row(batch.row, k);
+    const std::uint64_t offset = of_row(batch.target_offset, k);
+    const bool last_row = row + 1 == rows_;
+    if (offset == kNowhere) {
+      if (last_row) report(move, MoveState::kOutOfRange);
       return;
     }
-    const std::uint32_t piece = next_.row * kWarpLanes + lane_;
+    std::byte* const target = a_.target + offset;
+    const std::uint32_t piece = row * kWarpLanes + lane_;
     if (piece < pieces_) *reinterpret_cast<uint4*>(target + std::size_t{piece} * 16) = bytes;
     if constexpr (kCheck == MoveCheck::kNone) {
-      if (last_row) report(MoveState::kMoved);
+      if (last_row) report(move, MoveState::kMoved);
     } else {
-      if (next_.row == 0) hash_.start(a_.seeds[next_.move]);
-      if (piece < pieces_) hash_.add(bytes, next_.row, piece + 4 >= pieces_);
+      if (row == 0) hash_.start(of_row(batch.seed, k));
+      if (piece < pieces_) hash_.add(bytes, row, piece + 4 >= pieces_);
       if (last_row) {
-        judge(hash_.finish(a_.block_bytes), target);
-      } else if (next_.row % 2 == 1) {
+        judge(move, hash_.finish(a_.block_bytes), of_row(batch.sum, k), target);
+      } else if (row % 2 == 1) {
         hash_.end_kib();
       }
     }
   }
 
-  __device__ void judge(std::uint64_t sum, std::byte* target) {
+  __device__ void judge(std::uint32_t move, std::uint64_t sum, std::uint64_t expected,
+                        std::byte* target) {
     if constexpr (kCheck == MoveCheck::kCompute) {
-      if (lane_ == 0) a_.sums[next_.move] = sum;
-    } else if (a_.sums[next_.move] != sum) {
+      if (lane_ == 0) a_.sums[move] = sum;
+    } else if (expected != sum) {
       const uint4 ones = {~0u, ~0u, ~0u, ~0u};
       for (std::uint32_t piece = lane_; piece < pieces_; piece += kWarpLanes) {
         *reinterpret_cast<uint4*>(target + std::size_t{piece} * 16) = ones;
       }
-      report(MoveState::kCorrupt);
+      report(move, MoveState::kCorrupt);
       return;
     }
-    report(MoveState::kMoved);
+    report(move, MoveState::kMoved);
   }
 
-  __device__ void report(MoveState state) {
-    if (lane_ == 0 && a_.states != nullptr) a_.states[next_.move] = state;
+  __device__ void report(std::uint32_t move, MoveState state) {
+    if (lane_ == 0 && a_.states != nullptr) a_.states[move] = state;
   }
 
   const Arguments& a_;
   unsigned lane_;
+  std::uint32_t warp_;
   std::uint32_t stride_;
+  std::uint32_t count_;
   std::uint32_t pieces_;
   std::uint32_t rows_;
-  Cursor next_;
+  RowAhead ahead_;
   WarpXxh3 hash_;
 };
 
@@ -179,7 +202,7 @@ __global__ void __launch_bounds__(kThreads)
                                   ? arguments.moves_max
                                   : min(*arguments.move_count, arguments.moves_max);
   const std::uint32_t warp = blockIdx.x * kWarps + threadIdx.x / kWarpLanes;
-  WarpMover<kCheck>(arguments, warp, gridDim.x * kWarps).run(count);
+  WarpMover<kCheck>(arguments, warp, gridDim.x * kWarps, count).run();
 }
 
 const void* kernel_for(MoveCheck check) {

@@ -17,6 +17,8 @@ namespace {
 constexpr unsigned kThreads = 512;
 constexpr unsigned kBins = 2048;
 constexpr unsigned kDigits = 3;
+constexpr unsigned kMaxParts = 64;
+static_assert(kMaxParts <= kThreads);
 constexpr unsigned kSortThreads = 1024;
 /// Scores of one CTA, at least: below, its reading costs less than its start.
 constexpr std::uint32_t kLeastPart = 8192;
@@ -29,7 +31,7 @@ struct Arguments {
   std::uint32_t k;
   std::uint32_t parts;       ///< CTAs per list.
   std::uint32_t* taken;      ///< [lists]: collected so far.
-  std::uint32_t* bins;       ///< [lists, 2, kBins]: of the first two digits.
+  std::uint32_t* bins;       ///< [lists, kDigits, kBins]
   std::uint32_t* part_bins;  ///< [lists, parts, kBins]: of the last digit.
   std::uint64_t* collected;  ///< [lists, k]
   std::uint32_t* indices;
@@ -70,28 +72,32 @@ struct Cut {
 };
 
 /// Finds the next digit from its counts. All threads call; `scratch` holds kThreads + 2 words.
-__device__ void narrow(Cut& cut, unsigned digit, const std::uint32_t* bins, unsigned sets,
+__device__ void narrow(Cut& cut, unsigned digit, const std::uint32_t* bins,
                        std::uint32_t* scratch) {
-  // Thread t sums four bins, the largest digits first, and a scan says how many keys lie above.
+  // Thread t sums up to four bins, the largest digits first, and a scan over warps and over their
+  // sums says how many keys lie above.
   constexpr unsigned kMine = kBins / kThreads;
   const unsigned mine = bins_of(digit) / kThreads;
   std::uint32_t counts[kMine] = {};
   std::uint32_t sum = 0;
-  for (unsigned i = 0; i < mine; ++i) {
-    const unsigned bin = bins_of(digit) - 1 - (threadIdx.x * mine + i);
-    for (unsigned set = 0; set < sets; ++set) counts[i] += bins[set * kBins + bin];
+#pragma unroll
+  for (unsigned i = 0; i < kMine; ++i) {
+    if (i < mine) counts[i] = bins[bins_of(digit) - 1 - (threadIdx.x * mine + i)];
     sum += counts[i];
   }
-  scratch[threadIdx.x] = sum;
-  __syncthreads();
-  for (unsigned step = 1; step < kThreads; step *= 2) {
-    const std::uint32_t before = threadIdx.x >= step ? scratch[threadIdx.x - step] : 0;
-    __syncthreads();
-    scratch[threadIdx.x] += before;
-    __syncthreads();
+  const unsigned lane = threadIdx.x % kWarpLanes;
+  const unsigned warp = threadIdx.x / kWarpLanes;
+  std::uint32_t up_to = sum;
+  for (unsigned step = 1; step < kWarpLanes; step *= 2) {
+    const std::uint32_t before = __shfl_up_sync(kAllLanes, up_to, step);
+    if (lane >= step) up_to += before;
   }
-  std::uint32_t above = scratch[threadIdx.x] - sum;
-  for (unsigned i = 0; i < mine; ++i) {
+  if (lane == kWarpLanes - 1) scratch[warp] = up_to;
+  __syncthreads();
+  std::uint32_t above = up_to - sum;
+  for (unsigned w = 0; w < kThreads / kWarpLanes; ++w) above += w < warp ? scratch[w] : 0;
+#pragma unroll
+  for (unsigned i = 0; i < kMine; ++i) {
     if (above < cut.left && above + counts[i] >= cut.left) {
       scratch[kThreads] = bins_of(digit) - 1 - (threadIdx.x * mine + i);
       scratch[kThreads + 1] = above;
@@ -110,10 +116,7 @@ __device__ Cut find_cut(const Arguments& a, std::uint32_t list, std::uint32_t co
   Cut cut;
   cut.left = min(a.k, count);
   for (unsigned digit = 0; digit < digits; ++digit) {
-    const bool last = digit == 2;
-    const std::uint32_t* bins = last ? a.part_bins + std::size_t{list} * a.parts * kBins
-                                     : a.bins + (std::size_t{list} * 2 + digit) * kBins;
-    narrow(cut, digit, bins, last ? a.parts : 1, scratch);
+    narrow(cut, digit, a.bins + (std::size_t{list} * kDigits + digit) * kBins, scratch);
   }
   return cut;
 }
@@ -142,8 +145,9 @@ __global__ void __launch_bounds__(kThreads)
   for (unsigned bin = threadIdx.x; bin < kBins; bin += kThreads) {
     if (digit == 2) {
       a.part_bins[(std::size_t{list} * a.parts + blockIdx.x) * kBins + bin] = counted[bin];
-    } else if (counted[bin] > 0) {
-      atomicAdd(&a.bins[(std::size_t{list} * 2 + digit) * kBins + bin], counted[bin]);
+    }
+    if (counted[bin] > 0) {
+      atomicAdd(&a.bins[(std::size_t{list} * kDigits + digit) * kBins + bin], counted[bin]);
     }
   }
 }
@@ -164,9 +168,14 @@ __global__ void __launch_bounds__(kThreads) collect_kernel(const __grid_constant
   const Cut cut = find_cut(a, list, count, kDigits, scratch);
   const Part part(a, list, count);
   std::uint64_t* const collected = a.collected + std::size_t{list} * a.k;
-  std::uint32_t equals_before = 0;
   const std::uint32_t* bins = a.part_bins + std::size_t{list} * a.parts * kBins;
-  for (unsigned p = 0; p < blockIdx.x; ++p) equals_before += bins[p * kBins + (cut.prefix & 1023)];
+  if (threadIdx.x == 0) scratch[0] = 0;
+  __syncthreads();
+  if (threadIdx.x < blockIdx.x) {
+    atomicAdd(scratch, bins[threadIdx.x * kBins + (cut.prefix & 1023)]);
+  }
+  __syncthreads();
+  std::uint32_t equals_before = scratch[0];
   const unsigned lane = threadIdx.x % kWarpLanes;
   const unsigned warp = threadIdx.x / kWarpLanes;
   for (std::uint32_t at = part.begin; at < part.end; at += kThreads) {
@@ -240,10 +249,10 @@ Plan plan_top_k(const Gpu& gpu, const TopKParams& params) {
   Plan plan;
   const std::uint32_t useful = (params.count_max + kLeastPart - 1) / kLeastPart;
   const std::uint32_t fair = 2 * gpu.traits().multiprocessors / std::max(1u, params.lists);
-  plan.parts = std::clamp(std::min(useful, fair), 1u, 64u);
+  plan.parts = std::clamp(std::min(useful, fair), 1u, kMaxParts);
   const std::size_t lists = params.lists;
   plan.bins_offset = align(lists * 4);
-  plan.part_bins_offset = plan.bins_offset + lists * 2 * kBins * 4;
+  plan.part_bins_offset = plan.bins_offset + lists * kDigits * kBins * 4;
   plan.collected_offset = plan.part_bins_offset + lists * plan.parts * kBins * 4;
   plan.bytes = plan.collected_offset + lists * params.k * 8;
   return plan;
