@@ -21,9 +21,9 @@ constexpr unsigned kCtasPerMultiprocessor = 2;
 /// 128K: 16: 202, 33: 188, 66: 187, 132: 188, 264: 194.
 constexpr double kWaveUs = 1.5;       ///< Starting a wave of CTAs.
 constexpr double kFirstTileUs = 1.3;  ///< A team's first tile, from memory to its sums.
-constexpr double kTileUs = 1.65;      ///< Each tile after it.
+constexpr double kTileUs = 2.0;       ///< Each tile after it.
 constexpr double kMergeUs = 2.8;      ///< The second kernel, and its share of each split.
-constexpr double kMergeSplitUs = 0.02;
+constexpr double kMergeSplitUs = 0.05;
 constexpr double kBytesPerUs = 3e6;
 
 /// The number of splits under which the GPU is done first: whole waves of CTAs, each as long as its

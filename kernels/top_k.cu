@@ -134,12 +134,17 @@ __global__ void __launch_bounds__(kThreads)
   const Cut cut = count == 0 ? Cut{} : find_cut(a, list, count, digit, scratch);
   __syncthreads();
   const Part part(a, list, count);
+  // Scores crowd in few bins, and lanes that add to one bin wait for each other: one adds for all.
+  constexpr unsigned kNoBin = kBins;
 #pragma unroll 4
-  for (std::uint32_t i = part.begin + threadIdx.x; i < part.end; i += kThreads) {
-    const std::uint32_t key = key_of(part.scores[i]);
-    if ((key & cut.mask) == cut.prefix) {
-      atomicAdd(&counted[key >> shift_of(digit) & (bins_of(digit) - 1)], 1u);
-    }
+  for (std::uint32_t at = part.begin; at < part.end; at += kThreads) {
+    const std::uint32_t i = at + threadIdx.x;
+    const std::uint32_t key = i < part.end ? key_of(part.scores[i]) : 0;
+    const bool counts = i < part.end && (key & cut.mask) == cut.prefix;
+    const unsigned bin = counts ? key >> shift_of(digit) & (bins_of(digit) - 1) : kNoBin;
+    const unsigned same = __match_any_sync(kAllLanes, bin);
+    const bool first = threadIdx.x % kWarpLanes + 1 == static_cast<unsigned>(__ffs(int(same)));
+    if (counts && first) atomicAdd(&counted[bin], static_cast<std::uint32_t>(__popc(same)));
   }
   __syncthreads();
   for (unsigned bin = threadIdx.x; bin < kBins; bin += kThreads) {
