@@ -21,7 +21,7 @@ constexpr unsigned kMaxParts = 64;
 static_assert(kMaxParts <= kThreads);
 constexpr unsigned kSortThreads = 1024;
 /// Scores of one CTA, at least: below, its reading costs less than its start.
-constexpr std::uint32_t kLeastPart = 8192;
+constexpr std::uint32_t kLeastPart = 2048;
 
 struct Arguments {
   const float* scores;
@@ -134,17 +134,13 @@ __global__ void __launch_bounds__(kThreads)
   const Cut cut = count == 0 ? Cut{} : find_cut(a, list, count, digit, scratch);
   __syncthreads();
   const Part part(a, list, count);
-  // Scores crowd in few bins, and lanes that add to one bin wait for each other: one adds for all.
-  constexpr unsigned kNoBin = kBins;
-#pragma unroll 4
-  for (std::uint32_t at = part.begin; at < part.end; at += kThreads) {
-    const std::uint32_t i = at + threadIdx.x;
-    const std::uint32_t key = i < part.end ? key_of(part.scores[i]) : 0;
-    const bool counts = i < part.end && (key & cut.mask) == cut.prefix;
-    const unsigned bin = counts ? key >> shift_of(digit) & (bins_of(digit) - 1) : kNoBin;
-    const unsigned same = __match_any_sync(kAllLanes, bin);
-    const bool first = threadIdx.x % kWarpLanes + 1 == static_cast<unsigned>(__ffs(int(same)));
-    if (counts && first) atomicAdd(&counted[bin], static_cast<std::uint32_t>(__popc(same)));
+  // Scores crowd in few bins; adding once for all lanes of a warp (match) was slower all the same.
+#pragma unroll 8
+  for (std::uint32_t i = part.begin + threadIdx.x; i < part.end; i += kThreads) {
+    const std::uint32_t key = key_of(part.scores[i]);
+    if ((key & cut.mask) == cut.prefix) {
+      atomicAdd(&counted[key >> shift_of(digit) & (bins_of(digit) - 1)], 1u);
+    }
   }
   __syncthreads();
   for (unsigned bin = threadIdx.x; bin < kBins; bin += kThreads) {
