@@ -1,8 +1,11 @@
 #include "kernels/checksum.h"
 
+// The secret is visible in the inlined form only.
+#define XXH_INLINE_ALL
 #include <xxhash.h>
 
 #include <array>
+#include <cstring>
 
 namespace kvtier {
 namespace {
@@ -26,6 +29,10 @@ class WordWriter {
 
 std::uint64_t block_checksum(std::span<const std::byte> payload, const BlockIdentity& identity,
                              Generation generation) {
+  return seeded_checksum(payload, block_seed(identity, generation));
+}
+
+std::uint64_t block_seed(const BlockIdentity& identity, Generation generation) {
   WordWriter words;
   words.add(identity.origin.high);
   words.add(identity.origin.low);
@@ -33,7 +40,18 @@ std::uint64_t block_checksum(std::span<const std::byte> payload, const BlockIden
   words.add(identity.head_group.value);
   words.add(identity.index.value);
   words.add(generation.value);
-  return XXH3_64bits_withSeed(payload.data(), payload.size(), checksum(words.bytes()));
+  return checksum(words.bytes());
+}
+
+std::uint64_t seeded_checksum(std::span<const std::byte> payload, std::uint64_t seed) {
+  return XXH3_64bits_withSeed(payload.data(), payload.size(), seed);
+}
+
+std::array<std::uint64_t, 24> checksum_secret() {
+  std::array<std::uint64_t, 24> words;
+  static_assert(sizeof(words) == sizeof(XXH3_kSecret));
+  std::memcpy(words.data(), XXH3_kSecret, sizeof(words));
+  return words;
 }
 
 std::uint64_t checksum(std::span<const std::byte> bytes) {

@@ -1,8 +1,10 @@
 #pragma once
 
+#include "kernels/gpu.h"
 #include "kernels/kv_view.h"
 #include "kernels/worker_pool.h"
 #include "memory/status.h"
+#include "memory/stream_ref.h"
 
 #include <cstddef>
 #include <cstdint>
@@ -33,6 +35,33 @@ Status score_rows(const SoftmaxOptions& softmax, std::span<const ScoreTask> task
 /// The same for one task on the calling thread: for searches whose next rows depend on these, many
 /// of them side by side.
 Status score_rows(const SoftmaxOptions& softmax, const ScoreTask& task);
+
+/// The same for many KV heads at once, on the GPU. Task t is one KV head of one sequence. All
+/// pointers are device memory; rows and queries are 16-byte aligned.
+struct ScoreRowsParams {
+  /// Row r of task t begins at `rows + t * task_stride_bytes + r * row_stride_bytes`.
+  const std::byte* rows = nullptr;
+  std::size_t task_stride_bytes = 0;  ///< A multiple of 16, as is the next.
+  std::size_t row_stride_bytes = 0;
+  DType dtype = DType::kBF16;
+  std::uint32_t dim = 0;
+  std::uint32_t tasks = 0;  ///< Up to 65,535.
+  /// [tasks]: how many rows each task has; none: `rows_max`.
+  const std::uint32_t* counts = nullptr;
+  std::uint32_t rows_max = 0;
+  /// [tasks, query_count, dim] of the rows' dtype, contiguous.
+  const void* queries = nullptr;
+  std::uint32_t query_count = 0;  ///< 1 to 16.
+  SoftmaxOptions softmax;
+  /// [tasks, query_count, logit_stride]; nothing is written behind a task's last row.
+  float* logits = nullptr;
+  std::size_t logit_stride = 0;  ///< Elements from one query's logits to the next's.
+};
+
+/// Enqueues the scores: one kernel that reads every row once. Exact products, float32 sums.
+/// `unsupported`: float32 rows, dims other than 64, 96, 128 and 256, more than 16 queries.
+/// Allocates nothing, waits for nothing; may be captured in a graph.
+Status score_rows(const Gpu& gpu, const ScoreRowsParams& params, StreamRef stream);
 
 /// Obvious float64 loops, for tests.
 void score_rows_reference(const SoftmaxOptions& softmax, const ScoreTask& task);

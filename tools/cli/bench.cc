@@ -3,6 +3,9 @@
 #include "selectors/registry.h"
 #include "tools/bench_attention.h"
 #include "tools/bench_select.h"
+#ifdef KVTIER_CUDA
+#include "tools/bench_gpu.h"
+#endif
 #include "tools/cli/options.h"
 #include "tools/cli/verbs.h"
 
@@ -87,6 +90,27 @@ void add_select(CLI::App& bench, ExitCode& exit_code) {
   verb->callback(
       [options, &exit_code] { exit_code = static_cast<ExitCode>(run_bench_select(*options)); });
 }
+#ifdef KVTIER_CUDA
+void add_gpu_bench(CLI::App& bench, const char* name, const char* what, const char* region_help,
+                   int (*run)(const GpuBenchOptions&), ExitCode& exit_code) {
+  auto options = std::make_shared<GpuBenchOptions>();
+  CLI::App* verb = bench.add_subcommand(name, what);
+  verb->add_option("--format", options->format, "table or json (default: table)")
+      ->check(CLI::IsMember({"table", "json"}))
+      ->type_name("");
+  add_value(*verb, "--repetitions", options->repetitions, parse_positive,
+            "Interleaved repetitions; figures are their median", "9");
+  add_value(*verb, "--region-bytes", options->region_bytes, parse_size, region_help, "16GiB");
+  verb->add_option("--python", options->python,
+                   "Interpreter whose PyTorch is compared with; '' for none (default: python3)")
+      ->type_name("");
+  verb->footer(fmt::format(
+      "Blocks and results are verified in the run; exit code 4 when one is wrong, 5 without a "
+      "GPU.\n\nExamples:\n  kvtier bench {0}\n  kvtier bench {0} --format json",
+      name));
+  verb->callback([options, run, &exit_code] { exit_code = static_cast<ExitCode>(run(*options)); });
+}
+#endif
 
 }  // namespace
 
@@ -99,6 +123,15 @@ void add_bench(CLI::App& app, ExitCode& exit_code) {
       "  kvtier bench select --help");
   add_attention(*verb, exit_code);
   add_select(*verb, exit_code);
+#ifdef KVTIER_CUDA
+  add_gpu_bench(*verb, "gather",
+                "Scattered copies between page-locked memory and the GPU, both directions",
+                "Page-locked memory that blocks lie in", run_bench_gather, exit_code);
+  add_gpu_bench(*verb, "gpu-attention", "Attention on the GPU over resident slots",
+                "GPU memory that blocks lie in", run_bench_gpu_attention, exit_code);
+  add_gpu_bench(*verb, "gpu-select", "Scoring of landmarks and the choice of the best, on the GPU",
+                "GPU memory that landmarks lie in", run_bench_gpu_select, exit_code);
+#endif
 }
 
 }  // namespace kvtier
