@@ -160,7 +160,7 @@ Result<int> run(const GpuBenchOptions& options) {
   nlohmann::ordered_json machine = bench.machine();
   machine["shape"] = "bfloat16, 8 KV heads x 128, 32 query heads; L2 cold";
   print_gpu_report(options, "bench-select", machine, result);
-  if (!verified) fmt::print(stderr, "bench select: a choice differs from the CPU's\n");
+  if (!verified) fmt::print(stderr, "bench gpu-select: a choice differs from the CPU's\n");
   return verified ? 0 : 4;
 }
 
@@ -168,7 +168,7 @@ Result<int> run(const GpuBenchOptions& options) {
 
 int run_bench_gpu_select(const GpuBenchOptions& options) {
   const Result<int> code = run(options);
-  return code.ok() ? *code : gpu_bench_failure("bench select", code.status());
+  return code.ok() ? *code : gpu_bench_failure("bench gpu-select", code.status());
 }
 
 }  // namespace kvtier
