@@ -17,7 +17,7 @@ trap 'rm -rf "$TMPDIR"' EXIT
 
 # A tenth of the cache on the device and less than half in memory: most of it lies on disk only.
 arguments=(
-  --selector 'landmark,oracle,recency,random'
+  --selector 'scan,mean,oracle,recency,random'
   --budget '5%'
   --device-capacity '10%'
   --host-capacity '40%'

@@ -3,6 +3,7 @@
 #include "selectors/eviction_policy.h"
 #include "selectors/registry.h"
 #include "tools/cli/options.h"
+#include "tools/trace/head_classes.h"
 
 #include <CLI/CLI.hpp>
 #include <fmt/format.h>
@@ -67,7 +68,7 @@ auto whole_number(T least, T most) {
 
 Result<std::string> parse_selector(std::string_view text) {
   if (text == kAllSelectors) return std::string(text);
-  auto factory = make_selector_factory(text);
+  auto factory = make_selector_factory(text, selector_resources());
   if (!factory.ok()) return factory.status();
   return std::string(text);
 }

@@ -6,6 +6,7 @@
 #include "runtime/runtime.h"
 #include "selectors/registry.h"
 #include "tools/replay/trace_feed.h"
+#include "tools/trace/head_classes.h"
 
 #include <fmt/format.h>
 
@@ -166,7 +167,7 @@ Status plan_runs(const ReplayOptions& options, const AttentionTrace& trace, Repl
   }
   const SelectorNeeds present = needs_met_by(trace);
   for (const std::string& name : selectors_of(options.selectors)) {
-    auto factory = make_selector_factory(name);
+    auto factory = make_selector_factory(name, selector_resources());
     if (!factory.ok()) return invalid_argument("--selector: " + factory.status().message());
     const std::string lacks = missing_needs(factory->needs, present);
     if (!lacks.empty() && std::ranges::find(options.selectors, name) != options.selectors.end()) {

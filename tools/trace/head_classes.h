@@ -1,0 +1,17 @@
+#pragma once
+
+#include "selectors/registry.h"
+
+#include <string>
+
+namespace kvtier {
+
+/// Reads a file of head classes: {"schema": "kvtier.head-classes", "version": 1, "retrieval":
+/// [[true, false, ...], ...]}, one list per layer of the run, one entry per KV head: true for heads
+/// that look far back. Failures are one line, "FILE: FIELD: found X, expected Y".
+Result<HeadClasses> read_head_classes(const std::string& path);
+
+/// What the command line gives to selectors: the reader above.
+SelectorResources selector_resources();
+
+}  // namespace kvtier
