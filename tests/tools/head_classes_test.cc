@@ -41,7 +41,7 @@ TEST_F(HeadClassesTest, SaysWhatIsWrong) {
     const char* says;
   } kCases[] = {
       {"", "document"},
-      {"[]", "schema"},
+      {"[]", "expected an object"},
       {R"({"schema": "other", "version": 1, "retrieval": []})", "kvtier.head-classes"},
       {R"({"schema": "kvtier.head-classes", "version": 2, "retrieval": []})", "version"},
       {R"({"schema": "kvtier.head-classes", "version": 1})", "retrieval"},

@@ -140,16 +140,16 @@ std::string verdict(const ReplayReport& report) {
     }
   }
   if (!text.empty()) return text;
-  text = fmt::format(
-      "verified {} blocks on arrival; every output is attention over exactly the attended tokens "
-      "(within {:.1g})\n",
-      verified, error);
   if (estimated > 0) {
-    text += fmt::format(
-        "and, in {} outputs (of a query head at a step), an estimate of the tokens left out\n",
+    text = fmt::format(
+        "{} outputs (of a query head at a step) also hold an estimate of the tokens left out\n",
         estimated);
   }
-  return text;
+  return text +
+         fmt::format(
+             "verified {} blocks on arrival; every output is attention over exactly the attended "
+             "tokens (within {:.1g})\n",
+             verified, error);
 }
 
 }  // namespace
