@@ -85,7 +85,7 @@ using SumVec = hn::Vec<SumTag>;
 
 /// Adds the blocks of four sums of a vector.
 template <class D, class V>
-HWY_INLINE hn::Vec<hn::FixedTag<std::int32_t, 4>> fold_blocks(D d, V sums) {
+HWY_INLINE hn::Vec<hn::FixedTag<std::int32_t, 4>> fold_blocks([[maybe_unused]] D d, V sums) {
   if constexpr (hn::MaxLanes(D()) <= 4) {
     return sums;
   } else {
