@@ -61,8 +61,8 @@ void convert_row(const T* from, std::size_t dim, float* target) {
   std::size_t i = 0;
   for (; i + kLanes <= dim; i += kLanes) hn::StoreU(load_as_f32(d, from + i), d, target + i);
   if (kNeedsTail && i < dim) {
-    float rest[kLanes];
-    hn::StoreU(load_tail_as_f32(from + i), d, rest);
+    alignas(64) float rest[kLanes];
+    hn::Store(load_tail_as_f32(from + i), d, rest);
     std::copy_n(rest, dim - i, target + i);
   }
 }
@@ -108,10 +108,10 @@ void assign_tile(const CentroidTable& table, const float* rows, std::size_t dim,
     }
   }
   for (std::size_t r = 0; r < kSumRows; ++r) {
-    float values[kLanes];
-    std::int32_t indices[kLanes];
-    hn::StoreU(best[r], d, values);
-    hn::StoreU(index[r], di, indices);
+    alignas(64) float values[kLanes];
+    alignas(64) std::int32_t indices[kLanes];
+    hn::Store(best[r], d, values);
+    hn::Store(index[r], di, indices);
     std::size_t lane = 0;
     for (std::size_t i = 1; i < kLanes; ++i) {
       const bool first = values[i] == values[lane] && indices[i] < indices[lane];

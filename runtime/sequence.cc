@@ -213,6 +213,7 @@ Status Sequence::truncate(std::uint32_t tokens) {
   KVTIER_CHECK(!s.closed, "sequence {} is closed", s.id.value);
   KVTIER_RETURN_IF_ERROR(s.runtime.host->settle());
   // Whatever can fail comes first, for every layer; then nothing fails any more.
+  s.plan_seen_again(tokens);
   Status prepared;
   for (Stream& stream : s.streams) {
     if (prepared.ok() && stream.tokens > tokens) prepared = s.prepare_cut(stream, tokens);
@@ -229,20 +230,67 @@ Status Sequence::truncate(std::uint32_t tokens) {
   return prepared;
 }
 
-// Brings what a cut needs, and holds on to it until `end_cut`: the extent that is cut into a frame;
-// to the device the block that is cut, and those whose keys the selector wants to see again.
+// Brings what a cut needs, and holds on to it until `end_cut`: the extent that is cut into a frame,
+// and to the device the block that is cut. The tokens that the selector wants to see again are
+// copied block by block: there need not be room for all of their blocks at once.
 Status Sequence::State::prepare_cut(Stream& stream, std::uint32_t tokens_left) {
   const BlockIndex index = runtime.layout.block_of_token(tokens_left);
   const bool cuts_block = tokens_left % runtime.layout.tokens_per_block() != 0;
-  const std::uint32_t floor = selectors[stream.layer.value]->truncate_floor(tokens_left);
+  const std::uint32_t floor = tokens_left - seen_again[stream.layer.value].tokens;
   for (std::uint32_t i = runtime.layout.block_of_token(floor).value; i < index.value; ++i) {
-    KVTIER_RETURN_IF_ERROR(prepare_block(block_id(stream, BlockIndex{i})));
+    const BlockId block = block_id(stream, BlockIndex{i});
+    KVTIER_RETURN_IF_ERROR(prepare_block(block));
+    copy_seen_again(stream, BlockIndex{i}, tokens_left);
+    runtime.map->unhold(cut_slots.back());
+    cut_slots.pop_back();
+    // Reading over damage can have cost an extent its frame.
+    const ExtentId extent = cut_frames.back();
+    if (!runtime.table->row(extent).frame.is_none()) runtime.table->unhold_frame(extent);
+    cut_frames.pop_back();
   }
-  if (is_tail(stream, index)) return {};
-  if (cuts_block) return prepare_block(block_id(stream, index));
-  if (index.value % runtime.layout.blocks_per_extent() == 0) return {};
-  const BlockId block = block_id(stream, index);
-  return prepare_extent(runtime.layout.extent_of(block), runtime.layout.place_of(block));
+  if (!is_tail(stream, index) && !cuts_block) {
+    if (index.value % runtime.layout.blocks_per_extent() == 0) return {};
+    const BlockId block = block_id(stream, index);
+    return prepare_extent(runtime.layout.extent_of(block), runtime.layout.place_of(block));
+  }
+  if (!is_tail(stream, index)) KVTIER_RETURN_IF_ERROR(prepare_block(block_id(stream, index)));
+  if (cuts_block) copy_seen_again(stream, index, tokens_left);
+  return {};
+}
+
+// How far back each selector must be cut, and room for the tokens that it then sees again.
+void Sequence::State::plan_seen_again(std::uint32_t tokens_left) {
+  const BlockLayout& layout = runtime.layout;
+  seen_again.resize(tokens.size());
+  for (std::size_t layer = 0; layer < tokens.size(); ++layer) {
+    SeenAgain& again = seen_again[layer];
+    again.tokens = 0;
+    if (tokens[layer] <= tokens_left) continue;
+    again.tokens = tokens_left - selectors[layer]->truncate_floor(tokens_left);
+    again.keys.resize(again.tokens * layout.kv_heads() * layout.key_row_bytes());
+    again.values.resize(again.tokens * layout.kv_heads() * layout.value_row_bytes());
+  }
+}
+
+// Copies what a resident block has of the tokens that its layer's selector sees again.
+void Sequence::State::copy_seen_again(const Stream& stream, BlockIndex index,
+                                      std::uint32_t tokens_left) {
+  const BlockLayout& layout = runtime.layout;
+  SeenAgain& again = seen_again[stream.layer.value];
+  const std::uint32_t floor = tokens_left - again.tokens;
+  const std::uint32_t first = layout.first_token(index);
+  const std::uint32_t end = std::min(tokens_left, first + layout.tokens_per_block());
+  const std::byte* block = runtime.map->address(runtime.map->find(block_id(stream, index)));
+  for (std::uint32_t position = std::max(first, floor); position < end; ++position) {
+    for (std::uint32_t head = 0; head < layout.heads_per_block(); ++head) {
+      const std::size_t row = std::size_t{position - floor} * layout.kv_heads() +
+                              stream.head_group.value * layout.heads_per_block() + head;
+      std::memcpy(again.keys.data() + row * layout.key_row_bytes(),
+                  block + layout.key_offset(head, position - first), layout.key_row_bytes());
+      std::memcpy(again.values.data() + row * layout.value_row_bytes(),
+                  block + layout.value_offset(head, position - first), layout.value_row_bytes());
+    }
+  }
 }
 
 Status Sequence::State::prepare_block(BlockId block) {
@@ -267,41 +315,22 @@ Status Sequence::State::prepare_extent(ExtentId extent, std::uint32_t first_cut)
 // Some selectors cannot give back single tokens of what they have condensed: those see the tokens
 // behind their floor once more.
 void Sequence::State::cut_selector(LayerIndex layer, std::uint32_t tokens_left) {
-  Selector& selector = *selectors[layer.value];
   const BlockLayout& layout = runtime.layout;
-  const std::uint32_t floor = selector.truncate_floor(tokens_left);
+  const SeenAgain& again = seen_again[layer.value];
+  const std::uint32_t floor = tokens_left - again.tokens;
   tokens[layer.value] = tokens_left;
-  selector.truncate(floor);
-  if (floor == tokens_left) return;
-  const std::size_t key_row = layout.key_row_bytes();
-  const std::size_t value_row = layout.value_row_bytes();
-  const std::size_t rows = (tokens_left - floor) * layout.kv_heads();
-  std::vector<std::byte> keys(rows * key_row);
-  std::vector<std::byte> values(rows * value_row);
-  std::byte* key = keys.data();
-  std::byte* value = values.data();
-  for (std::uint32_t position = floor; position < tokens_left; ++position) {
-    const std::uint32_t in_block = position % layout.tokens_per_block();
-    for (const Stream& stream : streams_of(layer)) {
-      const BlockId block = block_id(stream, layout.block_of_token(position));
-      const std::byte* source = runtime.map->address(runtime.map->find(block));
-      for (std::uint32_t head = 0; head < layout.heads_per_block(); ++head) {
-        std::memcpy(key, source + layout.key_offset(head, in_block), key_row);
-        std::memcpy(value, source + layout.value_offset(head, in_block), value_row);
-        key += key_row;
-        value += value_row;
-      }
-    }
-  }
-  selector.append({.first_position = floor,
-                   .tokens = tokens_left - floor,
-                   .keys = keys.data(),
-                   .key_token_stride = layout.kv_heads() * key_row,
-                   .key_head_stride = key_row,
-                   .values = values.data(),
-                   .value_token_stride = layout.kv_heads() * value_row,
-                   .value_head_stride = value_row,
-                   .marks = marks.empty() ? nullptr : marks.data() + floor});
+  selectors[layer.value]->truncate(floor);
+  if (again.tokens == 0) return;
+  selectors[layer.value]->append(
+      {.first_position = floor,
+       .tokens = again.tokens,
+       .keys = again.keys.data(),
+       .key_token_stride = layout.kv_heads() * layout.key_row_bytes(),
+       .key_head_stride = layout.key_row_bytes(),
+       .values = again.values.data(),
+       .value_token_stride = layout.kv_heads() * layout.value_row_bytes(),
+       .value_head_stride = layout.value_row_bytes(),
+       .marks = marks.empty() ? nullptr : marks.data() + floor});
 }
 
 // Marks belong to tokens: every layer brings the same, and the first that does is believed.

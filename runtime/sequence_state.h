@@ -102,6 +102,13 @@ struct Sequence::State {
   // What a truncation holds on to while it is under way.
   std::vector<ExtentId> cut_frames;
   std::vector<SlotId> cut_slots;
+  /// Per layer: the last tokens before the cut, for a selector that was cut further back.
+  struct SeenAgain {
+    std::uint32_t tokens = 0;
+    std::vector<std::byte> keys;    ///< [tokens, KV heads, head_dim]
+    std::vector<std::byte> values;  ///< [tokens, KV heads, value_dim]
+  };
+  std::vector<SeenAgain> seen_again;
 
   static Result<std::unique_ptr<State>> make(Runtime::State& runtime, SequenceId id, Origin origin);
   State(Runtime::State& r, SequenceId i, Origin o) : runtime(r), id(i), origin(o) {}
@@ -127,6 +134,8 @@ struct Sequence::State {
   Status prepare_block(BlockId block);
   Status prepare_extent(ExtentId extent, std::uint32_t first_cut);
   void remember_marks(const TokenRows& rows, std::uint32_t first, std::uint32_t count);
+  void plan_seen_again(std::uint32_t tokens_left);
+  void copy_seen_again(const Stream& stream, BlockIndex index, std::uint32_t tokens_left);
   void cut_selector(LayerIndex layer, std::uint32_t tokens_left);
   void cut(Stream& stream, std::uint32_t tokens_left);
   void end_cut();
@@ -157,6 +166,7 @@ struct Sequence::State {
   bool may_estimate(LayerIndex layer) const;
   void grow_rest(std::size_t rows);
   Status add_rest(const StepRequest& request, const SelectRequest& question);
+  bool attends_everything() const;
   StatesView attended_states();
   void measure_rest(const StepRequest& request);
   void plan_complement(const StepRequest& request);

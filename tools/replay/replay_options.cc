@@ -67,6 +67,8 @@ auto whole_number(T least, T most) {
 }
 
 Result<std::string> parse_selector(std::string_view text) {
+  while (!text.empty() && text.front() == ' ') text.remove_prefix(1);
+  while (!text.empty() && text.back() == ' ') text.remove_suffix(1);
   if (text == kAllSelectors) return std::string(text);
   auto factory = make_selector_factory(text, selector_resources());
   if (!factory.ok()) return factory.status();

@@ -119,10 +119,18 @@ std::string traffic_table(const ReplayReport& report) {
 constexpr const char* kLegend =
     "tokens: attended per KV head and step, sinks and window included. recall: share of the exact\n"
     "attention mass on them, over steps and query heads; far: the same outside sinks and window;\n"
-    "of best: divided by the best possible choice of such blocks. evidence: share of the mass on "
-    "the\n"
-    "facts that an answer rests on. error: distance of the output from exact attention, relative.\n"
+    "of best: divided by the best possible choice of such blocks (single tokens can find more).\n"
+    "evidence: share of the mass on the facts that an answer rests on. error: distance of the "
+    "output\n"
+    "from exact attention, relative.\n"
     "hits: where attended blocks were found (without sinks and window). ms: one layer's step.\n";
+
+/// The next number with one digit that is not below.
+double one_digit_up(double value) {
+  if (!(value > 0)) return 0;
+  const double unit = std::pow(10.0, std::floor(std::log10(value)));
+  return std::ceil(value / unit) * unit;
+}
 
 std::string verdict(const ReplayReport& report) {
   std::string text;
@@ -149,7 +157,7 @@ std::string verdict(const ReplayReport& report) {
          fmt::format(
              "verified {} blocks on arrival; every output is attention over exactly the attended "
              "tokens (within {:.1g})\n",
-             verified, error);
+             verified, one_digit_up(error));
 }
 
 }  // namespace
