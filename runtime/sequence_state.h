@@ -41,9 +41,9 @@ struct WorkItem {
   bool held = false;  ///< Its slot is, by the wave under way.
 };
 
-/// What a sequence owns. Private to runtime/; the behaviour is in sequence.cc (tokens come and go),
-/// step.cc (a step is planned and concluded), waves.cc (its blocks are fetched and attended) and
-/// rest.cc (what is not attended is estimated).
+/// What a sequence owns. Private to runtime/; the behaviour is in sequence.cc (tokens come),
+/// truncate.cc (they are taken back), step.cc (a step is planned and concluded), waves.cc (its
+/// blocks are fetched and attended) and rest.cc (what is not attended is estimated).
 struct Sequence::State {
   Runtime::State& runtime;
   SequenceId id;
@@ -130,6 +130,8 @@ struct Sequence::State {
   void write_rows(Stream& stream, const TokenRows& rows, std::uint32_t first, std::uint32_t count);
   Status seal_tail(Stream& stream);
   void slide_window(Stream& stream);
+
+  // truncate.cc
   Status prepare_cut(Stream& stream, std::uint32_t tokens_left);
   Status prepare_block(BlockId block);
   Status prepare_extent(ExtentId extent, std::uint32_t first_cut);
