@@ -226,8 +226,9 @@ TEST(ScoreCodes, WhatIsNotFiniteStaysSo) {
       Coded coded(codes, 1);
       store_element(coded.keys.data() + 9 * coded.row_bytes, dtype, 3, bad);
       for (const std::string& target : simd_targets()) {
-        // Highway's float16 without vectors knows no infinity.
-        if (target == "SCALAR" && dtype == DType::kF16) continue;
+        // Without an instruction for it, Highway's conversion of float16 knows no infinity.
+        const bool emulated = target == "SCALAR" || target == "EMU128" || target.starts_with("SSE");
+        if (emulated && dtype == DType::kF16) continue;
         const ScopedSimdTarget use(target);
         coded.code(0);
         const std::vector<float> query(64, 1.0f);
