@@ -1,6 +1,7 @@
 #pragma once
 
 #include "memory/clock.h"
+#include "memory/ids.h"
 #include "memory/timeline.h"
 #include "runtime/block_failure.h"
 #include "runtime/device.h"
@@ -64,6 +65,18 @@ struct StepRequest {
   float* lse = nullptr;  ///< [query_count, query_heads], natural log; NaN after a failed step.
 };
 
+/// One layer's question that is answered exactly: causal attention of the last `query_count` tokens
+/// over every token of the layer.
+struct ExactRequest {
+  LayerIndex layer;
+  /// [query_count, query_heads, head_dim], float32, contiguous. Query i belongs to token
+  /// `tokens - query_count + i` and sees every token up to and including its own.
+  const float* queries = nullptr;
+  std::uint32_t query_count = 1;  ///< 1 to the layer's tokens: a chunk of a prompt.
+  float* out = nullptr;           ///< [query_count, query_heads, value_dim]; NaN after a failure.
+  float* lse = nullptr;           ///< [query_count, query_heads], natural log; NaN after a failure.
+};
+
 /// Tokens that were attended: of one head group and one block.
 struct AttendedRange {
   HeadGroup head_group;
@@ -91,6 +104,30 @@ struct StepReport {
   StepTiming timing;
 };
 
+/// Tokens of one block that an engine's own attention is to attend, and where they are.
+struct ResolvedRange {
+  HeadGroup head_group;
+  SlotId slot;                    ///< Its block begins at `slab + slot * slot_stride_bytes`.
+  BlockIndex block;               ///< Of the sequence.
+  std::uint32_t first_token = 0;  ///< Within the block.
+  std::uint32_t tokens = 0;
+  std::uint32_t position = 0;  ///< In the sequence, of `first_token`.
+};
+
+/// Where a step's blocks are on the device. Views into the runtime, and the blocks themselves are
+/// held, until the next call on the runtime or one of its sequences (`stats`, `tokens` and `layout`
+/// do not count).
+struct ResolvedBlocks {
+  const std::byte* slab = nullptr;        ///< Device memory; blocks are laid out by `layout()`.
+  std::size_t slot_stride_bytes = 0;      ///< `layout().block_bytes()`.
+  std::span<const ResolvedRange> ranges;  ///< By head group, then position.
+  /// [head groups + 1]: those of head group g are ranges[group_begins[g], group_begins[g + 1]).
+  std::span<const std::uint32_t> group_begins;
+  std::uint32_t tokens_max = 0;            ///< Of the head group with most.
+  std::span<const BlockFailure> failures;  ///< Empty when the call succeeded.
+  StepTiming timing;
+};
+
 class Sequence;
 
 /// Decodes over KV blocks that live on three tiers.
@@ -115,16 +152,17 @@ class Runtime {
   const BlockLayout& layout() const;
 
   /// Starts an empty sequence. `origin` names its content: two sequences with one origin must have
-  /// the same tokens. `no_space` when `sequences_max` are open.
+  /// the same tokens. `no_space` when `sequences_max` are open, `invalid_argument` after `close`.
   Result<std::unique_ptr<Sequence>> create_sequence(Origin origin);
 
   /// Counters so far; cheap, and still there after `close`. Functions of the calls alone, but for
   /// the routes: of their counters only `submitted_bytes` is, the others follow the transfers.
   RuntimeStats stats() const;
 
-  /// Ends all transfers and writes, closes the transfer engine. Every sequence is closed before.
-  /// Returns the first failure of a disk write that repeating did not mend, whether or not `append`
-  /// has told of it.
+  /// Ends all transfers and writes, closes the transfer engine. `busy`, and nothing has changed,
+  /// while a sequence is open; `invalid_argument` when closed before. Otherwise closed afterwards,
+  /// and returns the first failure of a disk write that repeating did not mend, whether or not
+  /// `append` has told of it.
   Status close();
 
  private:
@@ -134,7 +172,12 @@ class Runtime {
   std::unique_ptr<State> state_;
 };
 
-/// One request's tokens. Made by a runtime, closed before it; one thread at a time.
+/// One request's tokens. Made by a runtime, closed before it; one thread at a time for all
+/// sequences of a runtime, in any order: an engine loops over its sequences within a layer or
+/// within a token as it likes, and every answer is that of the sequence alone.
+///
+/// After `close` every call but `tokens` and `stats` returns `invalid_argument`, as does a layer
+/// that the runtime does not have, and a null pointer where something is to be read or written.
 class Sequence {
  public:
   ~Sequence();
@@ -158,6 +201,29 @@ class Sequence {
   /// resident, and the call fails like a step if it cannot be had.
   Status truncate(std::uint32_t tokens);
 
+  /// A new sequence with the first `tokens` tokens of this one in every layer, which from then on
+  /// lives by itself: another beam, another answer to one prompt, a branch of a draft. Its steps
+  /// answer bit for bit (with `deterministic`) as a copy made by appending the same tokens would,
+  /// but for what selectors learn from questions, which it inherits.
+  ///
+  /// `origin` names what the fork appends and must never have named other tokens; that of this
+  /// sequence is refused. Complete extents are shared: stored, fetched and resident once, under the
+  /// identity that they were sealed under, until the last sequence lets go. What lies behind them
+  /// (at most one extent per layer and head group) is copied, each block verified against its
+  /// checksum; one that is damaged for good is named by the step that wants it. When a truncation
+  /// of either sequence cuts into a shared extent, that sequence copies what it keeps of it first.
+  ///
+  /// Cost: per layer and head group up to an extent of copying and hashing, a read where the
+  /// partial extent is on disk alone, and a copy of every layer's selector, which grows with the
+  /// tokens; nothing else does. Allocates. A fork at fewer tokens than are appended costs a
+  /// truncation on top. To reorder beams: close those without a successor, keep each parent as its
+  /// own first successor, fork the others.
+  ///
+  /// `no_space` when `sequences_max` are open or no frame or slot is left; `invalid_argument` when
+  /// a layer has fewer than `tokens` tokens; `corrupt` or `io_error` when a block that is cut
+  /// cannot be had. Nothing has changed then.
+  Result<std::unique_ptr<Sequence>> fork(std::uint32_t tokens, Origin origin) const;
+
   /// Tells the layer's selector what prompt tokens looked for; before the steps that profit by it.
   /// Positions ascend and are of tokens already appended. `invalid_argument` otherwise, or when a
   /// query is not finite.
@@ -176,10 +242,41 @@ class Sequence {
   ///
   /// `corrupt` or `io_error` when a wanted block could not be had from any tier: `report->failures`
   /// names each one, out and lse are NaN, and the sequence goes on. `invalid_argument`: a query
-  /// that is not finite, a budget below sinks + window, more queries than tokens.
+  /// that is not finite, a budget below sinks + window, more queries than tokens. `no_space` names
+  /// the bytes that are missing, where a tier is so full of what cannot leave that not even one
+  /// chunk of blocks can be brought in.
   Status step(const StepRequest& request, StepReport* report);
 
-  /// Gives every block, frame and place back; waits for transfers that still use them.
+  /// Exact causal attention: for a chunk of a prompt after it was appended (the first chunk too,
+  /// when nothing but itself is there), or to decode without selecting.
+  ///
+  /// Blocks that are not resident stream through the device in waves, verified like a step's, and
+  /// are the first to leave again: of the device's slots no more than one in eight is taken from
+  /// what steps use (and never fewer than one chunk of blocks), of the host's frames likewise. What
+  /// it finds and moves is in the routes and in `attends`, not in the hits; selectors learn
+  /// nothing. Keys and values are converted once for all queries, so that a chunk costs far less
+  /// than its queries one by one. With `deterministic` the result does not depend on what is
+  /// resident.
+  ///
+  /// Fails like `step`; of `report`, `attended` stays empty (it would name every block), the counts
+  /// of tokens, `failures` and `timing` are filled in.
+  Status attend(const ExactRequest& request, StepReport* report);
+
+  /// What `step` would attend, brought to the device and held there for an engine that attends it
+  /// by itself: selects, resolves and fetches by the same plan, counts as a step and looks ahead
+  /// like one. `out` and `lse` are not used; nothing is estimated. The open tail block is among
+  /// the ranges; causality among several queries is the engine's.
+  ///
+  /// `no_space` names the bytes when the selection does not fit beside what is held on the device;
+  /// `unsupported` for several queries that each select for themselves; otherwise fails like
+  /// `step`, with `resolved->failures`. Nothing is held after a failure.
+  Status resolve(const StepRequest& request, ResolvedBlocks* resolved);
+
+  /// What this sequence occupies. Cost: linear in its blocks.
+  SequenceStats stats() const;
+
+  /// Gives every block, frame and place back that no other sequence shares; waits for transfers
+  /// that still use them. Closed afterwards, whatever it returns.
   Status close();
 
  private:

@@ -55,10 +55,23 @@ struct RuntimeStats {
   /// learn whether estimating the rest helps. What they moved is in `routes`, what they found is
   /// not in the hits of `tiers`.
   std::uint64_t steps_measured = 0;
+  std::uint64_t attends = 0;  ///< Calls of `Sequence::attend`.
   std::uint64_t disk_reads_repeated = 0;
   std::uint64_t disk_writes_failed = 0;
   RegionStats slab;
   RegionStats frames;
+};
+
+/// What one sequence occupies at the moment. Blocks and extents that it shares with others count in
+/// full for each of them, so the sum over sequences can exceed what the tiers hold.
+struct SequenceStats {
+  std::uint64_t blocks = 0;           ///< Sealed and open ones, of all layers and head groups.
+  std::uint64_t blocks_resident = 0;  ///< Of these, on the device.
+  std::uint64_t device_bytes = 0;     ///< Of their slots.
+  std::uint64_t host_bytes = 0;       ///< Of the frames that hold its extents.
+  std::uint64_t disk_bytes = 0;       ///< Of the places that its extents have on disk.
+  std::uint64_t shared_bytes = 0;     ///< Of its extents that other sequences share.
+  std::uint64_t metadata_bytes = 0;   ///< Of its selectors.
 };
 
 /// Where one step's time went.
