@@ -48,6 +48,7 @@ std::optional<ExtentId> BlockTable::create(const ExtentOwner& owner, FrameId fra
 void BlockTable::release(ExtentId id) {
   Extent& extent = row(id);
   KVTIER_CHECK(!extent.transfer, "extent {} is released while it moves", id.value);
+  KVTIER_CHECK(!is_shared(id), "extent {} is released while it is shared", id.value);
   if (!extent.frame.is_none()) {
     KVTIER_CHECK(held_[extent.frame.value] <= 1, "frame {} is released while it is in use",
                  extent.frame.value);
@@ -56,6 +57,19 @@ void BlockTable::release(ExtentId id) {
   give_back_place(id);
   advance(id, HomeEvent::kRelease);
   free_rows_.push_back(id.value);
+}
+
+void BlockTable::share(ExtentId id) {
+  Extent& extent = row(id);
+  KVTIER_CHECK(extent.state != HomeState::kFree && extent.state != HomeState::kFilling,
+               "extent {} is '{}' and cannot be shared", id.value, to_string(extent.state));
+  ++extent.sharers;
+}
+
+bool BlockTable::unshare(ExtentId id) {
+  if (!is_shared(id)) return false;
+  --row(id).sharers;
+  return true;
 }
 
 BlockIdentity BlockTable::identity(BlockId id) const {

@@ -31,6 +31,8 @@ struct Extent {
   ExtentOwner owner;
   FrameId frame;
   ExtentPlace place;
+  /// Sequences that it belongs to: more than one after a fork, and then it is complete.
+  std::uint32_t sharers = 1;
   /// Places [0, sealed) of the extent hold sealed blocks.
   std::uint32_t sealed = 0;
   /// Of the write (kWriting) or read (kReading) that is under way.
@@ -63,8 +65,14 @@ class BlockTable {
   /// A new, filling extent in `frame`, held. None when every row is taken (cannot happen while
   /// rows = frames + places).
   std::optional<ExtentId> create(const ExtentOwner& owner, FrameId frame);
-  /// Gives the row, its frame and its place back. Nothing may be in flight.
+  /// Gives the row, its frame and its place back. Nothing may be in flight, and nobody shares it.
   void release(ExtentId id);
+
+  /// A fork has the extent too. It is complete: what is shared never changes.
+  void share(ExtentId id);
+  bool is_shared(ExtentId id) const { return row(id).sharers > 1; }
+  /// One sequence less has the extent; false when it was the only one, which must release it.
+  bool unshare(ExtentId id);
 
   BlockIdentity identity(BlockId id) const;
   Generation generation(BlockId id) const { return generations_[id.value]; }

@@ -102,6 +102,10 @@ void HostTier::settle_write(ExtentId id) {
 
 Result<ExtentId> HostTier::create(const ExtentOwner& owner) {
   if (table_.frames_available() <= reading_frames_) return out_of_frames();
+  return create_for_cut(owner);
+}
+
+Result<ExtentId> HostTier::create_for_cut(const ExtentOwner& owner) {
   KVTIER_RETURN_IF_ERROR(make_room());
   const std::optional<FrameId> frame = table_.take_free_frame();
   KVTIER_CHECK(frame.has_value(), "room was made and none is there");
@@ -374,37 +378,6 @@ BlockFailure HostTier::describe(BlockId id, Tier tier, StatusCode code, const Bl
       to_string(tier), identity.index.value, identity.layer.value, identity.head_group.value,
       generation.value, identity.origin.high, identity.origin.low, checksums, reason);
   return failure;
-}
-
-// --- Ending.
-
-void HostTier::release(ExtentId id) {
-  Extent& extent = table_.row(id);
-  if (extent.state == HomeState::kWriting) end_write(id);
-  if (extent.state == HomeState::kReading) abandon_read(id);
-  if (extent.prefetched) counters_.prefetch.wasted_bytes += layout_.extent_bytes();
-  extent.prefetched = false;
-  table_.release(id);
-}
-
-void HostTier::reopen(ExtentId id, std::uint32_t first_cut) {
-  Extent& extent = table_.row(id);
-  settle_write(id);
-  // Without a copy on disk that counts, the frame must stay: kBoth was free to go until now.
-  if (extent.state == HomeState::kBoth) table_.hold_frame(id);
-  table_.advance(id, HomeEvent::kReopen);
-  table_.give_back_place(id);
-  // The header may be that of another extent of this layer and head group, read in the place of
-  // this one: what it says of damaged blocks is not carried on.
-  ExtentHeader header = table_.header(id);
-  for (std::uint32_t place = 0; place < extent.sealed; ++place) {
-    if (place >= first_cut || table_.is_damaged(layout_.block_id(id, place))) {
-      header.clear_entry(place);
-    }
-  }
-  extent.sealed = std::min(extent.sealed, first_cut);
-  if (extent.prefetched) counters_.prefetch.useful_bytes += layout_.extent_bytes();
-  extent.prefetched = false;
 }
 
 }  // namespace kvtier

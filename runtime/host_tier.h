@@ -67,6 +67,9 @@ class HostTier {
   /// longer read from disk afterwards. May wait for a write or a read that occupies the frame
   /// chosen.
   Result<ExtentId> create(const ExtentOwner& owner);
+  /// The same, from the frames that steps read into: for a truncation, which soon gives back the
+  /// extent that it replaces.
+  Result<ExtentId> create_for_cut(const ExtentOwner& owner);
   /// Records a sealed block; its bytes are copied from its slot to its frame by the next `settle`,
   /// which this calls when `kSealsMax` blocks wait. The slot is held until then.
   Status write_through(BlockId id, SlotId slot);
@@ -95,8 +98,14 @@ class HostTier {
 
   // --- Ending.
 
-  /// Waits for whatever moves the extent and gives it up: row, frame and place.
+  /// One sequence less has the extent. The last waits for whatever moves it and gives it up: row,
+  /// frame and place.
   void release(ExtentId id);
+  /// Seals copies of the first `blocks` blocks of `source` into `target`, which is new: under the
+  /// target's identity and `generation`. Both are in frames and stay there. Each copy is verified
+  /// against the checksum of its original; a block of which no intact copy is left, in its frame or
+  /// on the device, is marked as damaged in `target` as well.
+  void copy_blocks(ExtentId source, ExtentId target, std::uint32_t blocks, Generation generation);
   /// Makes a complete extent a filling one again whose places from `first_cut` on are empty. It is
   /// in a frame; waits for a write under way.
   void reopen(ExtentId id, std::uint32_t first_cut);
@@ -105,6 +114,7 @@ class HostTier {
 
  private:
   Status make_room();
+  bool copy_block(BlockId source, std::byte* target);
   Status out_of_frames() const;
   void drop(ExtentId id);
   void end_write(ExtentId id);

@@ -57,10 +57,15 @@ std::uint64_t reading_frames(const RuntimeOptions& options, const BlockLayout& l
 RuntimeNeeds compute_needs(const RuntimeOptions& options, const BlockLayout& layout) {
   const std::uint64_t streams = count_streams(options, layout);
   RuntimeNeeds needs;
-  // A truncation brings one block per stream beside those that are held.
-  needs.device_bytes =
-      (streams * (held_slots_per_stream(options, layout) + 1) + blocks_per_chunk(layout)) *
-      layout.block_bytes();
+  // A truncation brings one block per stream beside those that are held, and, where it cuts into
+  // what a fork shares, the sinks' once more, of one sequence.
+  const std::uint64_t sinks_again =
+      options.sequences_max == 1
+          ? 0
+          : streams / options.sequences_max * ceil_divide(options.sinks, layout.tokens_per_block());
+  needs.device_bytes = (streams * (held_slots_per_stream(options, layout) + 1) + sinks_again +
+                        blocks_per_chunk(layout)) *
+                       layout.block_bytes();
   needs.host_reserve_bytes = reading_frames(options, layout) * layout.extent_bytes();
   // And one extent being filled per stream.
   needs.host_bytes = streams * layout.extent_bytes() + needs.host_reserve_bytes;
@@ -198,16 +203,24 @@ const BlockLayout& Runtime::layout() const { return state_->layout; }
 
 // --- Living.
 
+Status Runtime::State::check_room() const {
+  if (closed) return invalid_argument("the runtime is closed");
+  if (sequences_open < options.sequences_max) return {};
+  return no_space(
+      fmt::format("{} sequences are open, as many as sequences_max allows", sequences_open));
+}
+
+SequenceId Runtime::State::add_sequence() {
+  ++sequences_open;
+  return SequenceId{sequences_made++};
+}
+
 Result<std::unique_ptr<Sequence>> Runtime::create_sequence(Origin origin) {
   State& s = *state_;
-  if (s.sequences_open == s.options.sequences_max) {
-    return no_space(
-        fmt::format("{} sequences are open, as many as sequences_max allows", s.sequences_open));
-  }
+  KVTIER_RETURN_IF_ERROR(s.check_room());
   KVTIER_ASSIGN_OR_RETURN(auto state,
                           Sequence::State::make(s, SequenceId{s.sequences_made}, origin));
-  ++s.sequences_open;
-  ++s.sequences_made;
+  (void)s.add_sequence();
   return std::unique_ptr<Sequence>(new Sequence(std::move(state)));
 }
 
@@ -252,8 +265,10 @@ RuntimeStats Runtime::stats() const {
 
 Status Runtime::close() {
   State& s = *state_;
-  KVTIER_CHECK(!s.closed, "a runtime is closed twice");
-  KVTIER_CHECK(s.sequences_open == 0, "{} sequences are still open", s.sequences_open);
+  if (s.closed) return invalid_argument("the runtime is closed already");
+  if (s.sequences_open > 0) {
+    return busy(fmt::format("{} sequences are still open", s.sequences_open));
+  }
   s.closed = true;
   const Status drained = s.engine->close();
   if (!drained.ok()) return drained;

@@ -53,6 +53,9 @@ struct Runtime::State {
   /// Query heads that share one selection.
   std::uint32_t heads_per_group() const { return options.query_heads / layout.head_groups(); }
   std::uint32_t blocks_per_chunk() const { return kvtier::blocks_per_chunk(layout); }
+  /// Whether one sequence more may be open, and that it is.
+  Status check_room() const;
+  SequenceId add_sequence();
   Duration now() const { return environment.clock->now(); }
   void record(Track track, const char* name, Duration start, Duration end,
               std::uint64_t bytes) const {

@@ -13,15 +13,22 @@ namespace kvtier {
 
 Result<std::unique_ptr<Sequence::State>> Sequence::State::make(Runtime::State& runtime,
                                                                SequenceId id, Origin origin) {
+  auto state = make_empty(runtime, id, origin);
+  for (std::uint32_t layer = 0; layer < runtime.options.layers; ++layer) {
+    KVTIER_ASSIGN_OR_RETURN(auto selector,
+                            runtime.options.selector(runtime.selector_shape, LayerIndex{layer}));
+    state->selectors.push_back(std::move(selector));
+  }
+  return state;
+}
+
+std::unique_ptr<Sequence::State> Sequence::State::make_empty(Runtime::State& runtime, SequenceId id,
+                                                             Origin origin) {
   auto state = std::make_unique<State>(runtime, id, origin);
   const RuntimeOptions& options = runtime.options;
   const BlockLayout& layout = runtime.layout;
   const std::uint32_t extents = options.tokens_max / layout.tokens_per_extent() + 1;
   for (std::uint32_t layer = 0; layer < options.layers; ++layer) {
-    KVTIER_ASSIGN_OR_RETURN(auto selector,
-                            options.selector(runtime.selector_shape, LayerIndex{layer}));
-    state->selectors.push_back(std::move(selector));
-    state->tokens.push_back(0);
     for (std::uint32_t group = 0; group < layout.head_groups(); ++group) {
       Stream stream;
       stream.layer = LayerIndex{layer};
@@ -30,6 +37,7 @@ Result<std::unique_ptr<Sequence::State>> Sequence::State::make(Runtime::State& r
       state->streams.push_back(std::move(stream));
     }
   }
+  state->tokens.assign(options.layers, 0);
   state->selections.resize(layout.head_groups());
   state->demands.assign(options.layers, std::numeric_limits<float>::quiet_NaN());
   state->shared_demands = state->demands;
@@ -44,15 +52,29 @@ Sequence::~Sequence() {
   KVTIER_CHECK(state_->closed, "sequence {} is destroyed that was not closed", state_->id.value);
 }
 
-std::uint32_t Sequence::tokens(LayerIndex layer) const { return state_->tokens.at(layer.value); }
+std::uint32_t Sequence::tokens(LayerIndex layer) const {
+  return layer.value < state_->tokens.size() ? state_->tokens[layer.value] : 0;
+}
+
+// Every call that names a layer begins with this.
+Status Sequence::State::check_call(LayerIndex layer) const {
+  if (closed) return invalid_argument(fmt::format("sequence {} is closed", id.value));
+  if (layer.value >= runtime.options.layers) {
+    return invalid_argument(fmt::format("layer {}, but the runtime was opened with {} layers",
+                                        layer.value, runtime.options.layers));
+  }
+  return {};
+}
 
 // --- Appending.
 
 Status Sequence::append(LayerIndex layer, const TokenRows& rows) {
   State& s = *state_;
   Runtime::State& runtime = s.runtime;
-  KVTIER_CHECK(!s.closed && layer.value < runtime.options.layers, "layer {} of {}", layer.value,
-               runtime.options.layers);
+  KVTIER_RETURN_IF_ERROR(s.check_call(layer));
+  if (rows.tokens > 0 && (rows.keys == nullptr || rows.values == nullptr)) {
+    return invalid_argument(fmt::format("{} tokens to append without keys or values", rows.tokens));
+  }
   const std::uint32_t before = s.tokens[layer.value];
   if (rows.tokens > runtime.options.tokens_max - before) {
     return invalid_argument(fmt::format("{} tokens after {} are more than tokens_max {}",
@@ -91,8 +113,10 @@ Status Sequence::append(LayerIndex layer, const TokenRows& rows) {
 
 Status Sequence::observe_prompt(LayerIndex layer, const PromptQueries& queries) {
   State& s = *state_;
-  KVTIER_CHECK(!s.closed && layer.value < s.runtime.options.layers, "layer {} of {}", layer.value,
-               s.runtime.options.layers);
+  KVTIER_RETURN_IF_ERROR(s.check_call(layer));
+  if (queries.queries == nullptr && !queries.positions.empty()) {
+    return invalid_argument("prompt queries are null");
+  }
   const std::size_t elements =
       std::size_t{s.runtime.options.query_heads} * s.runtime.layout.head_dim();
   for (std::size_t i = 0; i < queries.positions.size(); ++i) {
@@ -153,8 +177,10 @@ Status Sequence::State::ensure_tail(Stream& stream) {
     slot = runtime.map->open(block);
   }
   if (!slot) {
-    return no_space(fmt::format("all {} device slots are held; give the device tier more capacity",
-                                runtime.map->slots()));
+    return no_space(fmt::format(
+        "all {} device slots are held and {} bytes more are needed; give the device tier more "
+        "capacity",
+        runtime.map->slots(), runtime.layout.block_bytes()));
   }
   runtime.table->set_generation(block, stream.generation);
   stream.tail = *slot;
@@ -188,9 +214,10 @@ Status Sequence::State::seal_tail(Stream& stream) {
   runtime.map->seal(slot);
   const ExtentId extent = runtime.layout.extent_of(block);
   ++runtime.table->row(extent).sealed;
-  KVTIER_RETURN_IF_ERROR(runtime.host->write_through(block, slot));
-  if (runtime.table->row(extent).sealed < runtime.layout.blocks_per_extent()) return {};
-  return runtime.host->complete(extent);
+  const Status written = runtime.host->write_through(block, slot);
+  if (runtime.table->row(extent).sealed < runtime.layout.blocks_per_extent()) return written;
+  const Status completed = runtime.host->complete(extent);
+  return written.ok() ? completed : written;
 }
 
 // The tail's hold becomes the window's when it seals; it ends when the window has moved on.
@@ -218,18 +245,21 @@ void Sequence::State::remember_marks(const TokenRows& rows, std::uint32_t first,
 
 Status Sequence::close() {
   State& s = *state_;
-  KVTIER_CHECK(!s.closed, "sequence {} is closed twice", s.id.value);
-  const Status settled = s.runtime.host->settle();
-  for (Stream& stream : s.streams) {
-    s.runtime.outliers_held -= static_cast<std::uint32_t>(stream.outliers.size());
-    stream.outliers.clear();
-    s.release_blocks(stream, 0);
+  if (s.closed) return invalid_argument(fmt::format("sequence {} is closed already", s.id.value));
+  return s.close();
+}
+
+Status Sequence::State::close() {
+  const Status settled = runtime.host->settle();
+  for (Stream& stream : streams) {
+    drop_outliers(stream, BlockIndex{0});
+    release_blocks(stream, 0);
     stream.tail = SlotId{};
-    for (ExtentId extent : stream.extents) s.runtime.host->release(extent);
-    stream.extents.clear();
+    release_extents(stream, 0);
+    stream.tokens = 0;
   }
-  s.closed = true;
-  --s.runtime.sequences_open;
+  closed = true;
+  --runtime.sequences_open;
   return settled;
 }
 

@@ -42,8 +42,9 @@ struct WorkItem {
 };
 
 /// What a sequence owns. Private to runtime/; the behaviour is in sequence.cc (tokens come),
-/// truncate.cc (they are taken back), step.cc (a step is planned and concluded), waves.cc (its
-/// blocks are fetched and attended) and rest.cc (what is not attended is estimated).
+/// truncate.cc (they are taken back), fork.cc (two sequences share them), step.cc (a step is
+/// planned and concluded), waves.cc (its blocks are fetched and attended) and rest.cc (what is not
+/// attended is estimated).
 struct Sequence::State {
   Runtime::State& runtime;
   SequenceId id;
@@ -102,6 +103,12 @@ struct Sequence::State {
   // What a truncation holds on to while it is under way.
   std::vector<ExtentId> cut_frames;
   std::vector<SlotId> cut_slots;
+  /// Copies that take the place of extents that it cuts and may not change.
+  struct CutCopy {
+    const Stream* stream;
+    ExtentId extent;
+  };
+  std::vector<CutCopy> cut_copies;
   /// Per layer: the last tokens before the cut, for a selector that was cut further back.
   struct SeenAgain {
     std::uint32_t tokens = 0;
@@ -111,6 +118,8 @@ struct Sequence::State {
   std::vector<SeenAgain> seen_again;
 
   static Result<std::unique_ptr<State>> make(Runtime::State& runtime, SequenceId id, Origin origin);
+  /// Without selectors.
+  static std::unique_ptr<State> make_empty(Runtime::State& runtime, SequenceId id, Origin origin);
   State(Runtime::State& r, SequenceId i, Origin o) : runtime(r), id(i), origin(o) {}
 
   std::span<Stream> streams_of(LayerIndex layer) {
@@ -124,6 +133,8 @@ struct Sequence::State {
   }
 
   // sequence.cc
+  Status check_call(LayerIndex layer) const;
+  Status close();
   Status append_chunk(LayerIndex layer, const TokenRows& rows, std::uint32_t first,
                       std::uint32_t count);
   Status ensure_tail(Stream& stream);
@@ -131,13 +142,24 @@ struct Sequence::State {
   Status seal_tail(Stream& stream);
   void slide_window(Stream& stream);
 
+  // fork.cc
+  static Result<std::unique_ptr<State>> fork(const State& parent, std::uint32_t tokens,
+                                             Origin origin);
+  Status fork_stream(const Stream& source, Stream& target);
+  Status copy_open_extent(const Stream& source, Stream& target);
+  bool must_copy(ExtentId extent) const;
+  Status copy_cut_extent(const Stream& stream, BlockIndex index, bool cuts_block);
+  Status bring_sinks(ExtentId copy, std::uint32_t blocks);
+
   // truncate.cc
+  Status truncate(std::uint32_t tokens_left);
   Status prepare_cut(Stream& stream, std::uint32_t tokens_left);
   Status prepare_block(BlockId block);
   Status prepare_extent(ExtentId extent, std::uint32_t first_cut);
   void remember_marks(const TokenRows& rows, std::uint32_t first, std::uint32_t count);
   void plan_seen_again(std::uint32_t tokens_left);
-  void copy_seen_again(const Stream& stream, BlockIndex index, std::uint32_t tokens_left);
+  void copy_seen_again(const Stream& stream, BlockIndex index, BlockId block,
+                       std::uint32_t tokens_left);
   void cut_selector(LayerIndex layer, std::uint32_t tokens_left);
   void cut(Stream& stream, std::uint32_t tokens_left);
   void end_cut();
@@ -145,6 +167,9 @@ struct Sequence::State {
   Status bring_up(BlockId block);
   bool is_tail(const Stream& stream, BlockIndex index) const;
   bool is_held_by(const Stream& stream, BlockIndex index) const;
+  void use_copy(Stream& stream, BlockIndex first, ExtentId copy);
+  void release_extents(Stream& stream, std::size_t extents_left);
+  void drop_outliers(Stream& stream, BlockIndex first);
   void release_blocks(Stream& stream, std::uint32_t first_block);
 
   // step.cc

@@ -12,23 +12,27 @@ namespace kvtier {
 
 Status Sequence::truncate(std::uint32_t tokens) {
   State& s = *state_;
-  KVTIER_CHECK(!s.closed, "sequence {} is closed", s.id.value);
-  KVTIER_RETURN_IF_ERROR(s.runtime.host->settle());
+  if (s.closed) return invalid_argument(fmt::format("sequence {} is closed", s.id.value));
+  return s.truncate(tokens);
+}
+
+Status Sequence::State::truncate(std::uint32_t tokens_left) {
+  KVTIER_RETURN_IF_ERROR(runtime.host->settle());
   // Whatever can fail comes first, for every layer; then nothing fails any more.
-  s.plan_seen_again(tokens);
+  plan_seen_again(tokens_left);
   Status prepared;
-  for (Stream& stream : s.streams) {
-    if (prepared.ok() && stream.tokens > tokens) prepared = s.prepare_cut(stream, tokens);
+  for (Stream& stream : streams) {
+    if (prepared.ok() && stream.tokens > tokens_left) prepared = prepare_cut(stream, tokens_left);
   }
   if (prepared.ok()) {
-    for (Stream& stream : s.streams) {
-      if (stream.tokens > tokens) s.cut(stream, tokens);
+    for (Stream& stream : streams) {
+      if (stream.tokens > tokens_left) cut(stream, tokens_left);
     }
-    for (std::uint32_t layer = 0; layer < s.tokens.size(); ++layer) {
-      if (s.tokens[layer] > tokens) s.cut_selector(LayerIndex{layer}, tokens);
+    for (std::uint32_t layer = 0; layer < tokens.size(); ++layer) {
+      if (tokens[layer] > tokens_left) cut_selector(LayerIndex{layer}, tokens_left);
     }
   }
-  s.end_cut();
+  end_cut();
   return prepared;
 }
 
@@ -42,7 +46,7 @@ Status Sequence::State::prepare_cut(Stream& stream, std::uint32_t tokens_left) {
   for (std::uint32_t i = runtime.layout.block_of_token(floor).value; i < index.value; ++i) {
     const BlockId block = block_id(stream, BlockIndex{i});
     KVTIER_RETURN_IF_ERROR(prepare_block(block));
-    copy_seen_again(stream, BlockIndex{i}, tokens_left);
+    copy_seen_again(stream, BlockIndex{i}, block, tokens_left);
     runtime.map->unhold(cut_slots.back());
     cut_slots.pop_back();
     // Reading over damage can have cost an extent its frame.
@@ -50,13 +54,27 @@ Status Sequence::State::prepare_cut(Stream& stream, std::uint32_t tokens_left) {
     if (!runtime.table->row(extent).frame.is_none()) runtime.table->unhold_frame(extent);
     cut_frames.pop_back();
   }
-  if (!is_tail(stream, index) && !cuts_block) {
-    if (index.value % runtime.layout.blocks_per_extent() == 0) return {};
-    const BlockId block = block_id(stream, index);
+  if (is_tail(stream, index)) {
+    if (cuts_block) copy_seen_again(stream, index, block_id(stream, index), tokens_left);
+    return {};
+  }
+  const std::uint32_t per_extent = runtime.layout.blocks_per_extent();
+  if (!cuts_block && index.value % per_extent == 0) return {};
+  if (must_copy(stream.extents[index.value / per_extent])) {
+    KVTIER_RETURN_IF_ERROR(copy_cut_extent(stream, index, cuts_block));
+    if (cuts_block) {
+      const BlockId copy =
+          runtime.layout.block_id(cut_copies.back().extent, index.value % per_extent);
+      copy_seen_again(stream, index, copy, tokens_left);
+    }
+    return {};
+  }
+  const BlockId block = block_id(stream, index);
+  if (!cuts_block) {
     return prepare_extent(runtime.layout.extent_of(block), runtime.layout.place_of(block));
   }
-  if (!is_tail(stream, index)) KVTIER_RETURN_IF_ERROR(prepare_block(block_id(stream, index)));
-  if (cuts_block) copy_seen_again(stream, index, tokens_left);
+  KVTIER_RETURN_IF_ERROR(prepare_block(block));
+  copy_seen_again(stream, index, block, tokens_left);
   return {};
 }
 
@@ -75,14 +93,14 @@ void Sequence::State::plan_seen_again(std::uint32_t tokens_left) {
 }
 
 // Copies what a resident block has of the tokens that its layer's selector sees again.
-void Sequence::State::copy_seen_again(const Stream& stream, BlockIndex index,
+void Sequence::State::copy_seen_again(const Stream& stream, BlockIndex index, BlockId block_of,
                                       std::uint32_t tokens_left) {
   const BlockLayout& layout = runtime.layout;
   SeenAgain& again = seen_again[stream.layer.value];
   const std::uint32_t floor = tokens_left - again.tokens;
   const std::uint32_t first = layout.first_token(index);
   const std::uint32_t end = std::min(tokens_left, first + layout.tokens_per_block());
-  const std::byte* block = runtime.map->address(runtime.map->find(block_id(stream, index)));
+  const std::byte* block = runtime.map->address(runtime.map->find(block_of));
   for (std::uint32_t position = std::max(first, floor); position < end; ++position) {
     for (std::uint32_t head = 0; head < layout.heads_per_block(); ++head) {
       const std::size_t row = std::size_t{position - floor} * layout.kv_heads() +
@@ -141,8 +159,16 @@ void Sequence::State::end_cut() {
     if (!runtime.table->row(extent).frame.is_none()) runtime.table->unhold_frame(extent);
   }
   for (SlotId slot : cut_slots) runtime.map->unhold(slot);
+  // Those that are left were made for a cut that did not happen.
+  for (const CutCopy& copy : cut_copies) {
+    for (std::uint32_t place = 0; place < runtime.layout.blocks_per_extent(); ++place) {
+      runtime.map->release(runtime.layout.block_id(copy.extent, place));
+    }
+    runtime.host->release(copy.extent);
+  }
   cut_frames.clear();
   cut_slots.clear();
+  cut_copies.clear();
 }
 
 // Has the extent in a frame, its blocks before `first_cut` as intact as they can be had: its copy
@@ -199,46 +225,77 @@ void Sequence::State::cut(Stream& stream, std::uint32_t tokens_left) {
     return;
   }
   const bool cuts_block = tokens_left % runtime.layout.tokens_per_block() != 0;
-  const std::size_t outliers_before = stream.outliers.size();
-  std::erase_if(stream.outliers, [&](BlockIndex outlier) {
-    if (outlier < index) return false;
-    if (outlier == index && cuts_block) {
+  const std::uint32_t per_extent = runtime.layout.blocks_per_extent();
+  const std::uint32_t place = index.value % per_extent;
+  const auto copy = std::ranges::find(cut_copies, &stream, &CutCopy::stream);
+  if (copy != cut_copies.end()) {
+    use_copy(stream, BlockIndex{index.value - place}, copy->extent);
+    cut_copies.erase(copy);
+    stream.held_begin = index.value;
+  } else {
+    drop_outliers(stream, index);
+    release_blocks(stream, index.value + (cuts_block ? 1 : 0));
+    release_extents(stream, index.value / per_extent + (place != 0 || cuts_block ? 1 : 0));
+    if (cuts_block && is_held_by(stream, index)) {
       runtime.map->unhold(runtime.map->find(block_id(stream, index)));
     }
-    return true;
-  });
-  runtime.outliers_held -= static_cast<std::uint32_t>(outliers_before - stream.outliers.size());
-  release_blocks(stream, index.value + (cuts_block ? 1 : 0));
+    stream.held_begin = std::min(stream.held_begin, index.value);
+  }
   stream.tail = SlotId{};
   stream.generation = Generation{stream.generation.value + 1};
+  if (place != 0 || cuts_block) runtime.host->reopen(stream.extents.back(), place);
+  if (cuts_block) {
+    const BlockId block = block_id(stream, index);
+    stream.tail = runtime.map->find(block);
+    runtime.map->reopen(stream.tail);
+    runtime.table->set_generation(block, stream.generation);
+  }
+  stream.tokens = tokens_left;
+}
 
-  const std::uint32_t place = index.value % runtime.layout.blocks_per_extent();
-  const std::uint32_t extents_left =
-      index.value / runtime.layout.blocks_per_extent() + (place != 0 || cuts_block ? 1 : 0);
+// Puts the copy of the extent whose first block is `first` in its place. Of the copy, sinks and the
+// block that is cut are on the device; the window is held again from the next step on.
+void Sequence::State::use_copy(Stream& stream, BlockIndex first, ExtentId copy) {
+  drop_outliers(stream, first);
+  release_blocks(stream, first.value);
+  for (std::uint32_t i = stream.held_begin; i < first.value; ++i) {
+    if (runtime.layout.first_token(BlockIndex{i}) < runtime.options.sinks) continue;
+    runtime.map->unhold(runtime.map->find(block_id(stream, BlockIndex{i})));
+  }
+  release_extents(stream, first.value / runtime.layout.blocks_per_extent());
+  stream.extents.push_back(copy);
+}
+
+void Sequence::State::release_extents(Stream& stream, std::size_t extents_left) {
   while (stream.extents.size() > extents_left) {
     runtime.host->release(stream.extents.back());
     stream.extents.pop_back();
   }
-  if (place != 0 || cuts_block) runtime.host->reopen(stream.extents.back(), place);
-  if (cuts_block) {
-    const BlockId block = block_id(stream, index);
-    const SlotId slot = runtime.map->find(block);
-    runtime.map->reopen(slot);
-    if (is_held_by(stream, index)) runtime.map->unhold(slot);
-    runtime.table->set_generation(block, stream.generation);
-    stream.tail = slot;
-  }
-  stream.held_begin = std::min(stream.held_begin, index.value);
-  stream.tokens = tokens_left;
 }
 
-// Gives up the device copies of every block from `first_block` to the end, the open tail included.
+void Sequence::State::drop_outliers(Stream& stream, BlockIndex first) {
+  const std::size_t before = stream.outliers.size();
+  std::erase_if(stream.outliers, [&](BlockIndex outlier) {
+    if (outlier < first) return false;
+    runtime.map->unhold(runtime.map->find(block_id(stream, outlier)));
+    return true;
+  });
+  runtime.outliers_held -= static_cast<std::uint32_t>(before - stream.outliers.size());
+}
+
+// Gives up the device copies of every block from `first_block` to the end, the open tail included;
+// of those that another sequence shares, what this one holds.
 void Sequence::State::release_blocks(Stream& stream, std::uint32_t first_block) {
   const std::uint32_t tokens_per_block = runtime.layout.tokens_per_block();
   const std::uint32_t sealed = stream.tokens / tokens_per_block;
   const std::uint32_t end = sealed + (stream.tail.is_none() ? 0 : 1);
   for (std::uint32_t index = first_block; index < end; ++index) {
-    runtime.map->release(block_id(stream, BlockIndex{index}));
+    const BlockId block = block_id(stream, BlockIndex{index});
+    if (!runtime.table->is_shared(runtime.layout.extent_of(block))) {
+      runtime.map->release(block);
+    } else if (is_held_by(stream, BlockIndex{index})) {
+      runtime.map->unhold(runtime.map->find(block));
+    }
   }
 }
 

@@ -168,8 +168,13 @@ Harness::Harness(const HarnessOptions& setup)
                                       .disk = disk_.get(),
                                       .timeline = nullptr})
                  .value();
-  sequence_ = runtime_->create_sequence({.high = setup.seed, .low = 42}).value();
-  versions_.reserve(setup.tokens_max);
+  branches_.reserve(setup.sequences_max + 1);
+  branches_.push_back({.sequence = make_sequence().value(), .versions = {}});
+  branch().versions.reserve(setup.tokens_max);
+}
+
+Result<std::unique_ptr<Sequence>> Harness::make_sequence() {
+  return runtime_->create_sequence({.high = setup_.seed, .low = 42 + origins_++});
 }
 
 Harness::~Harness() {
@@ -178,7 +183,11 @@ Harness::~Harness() {
 
 Status Harness::close() {
   closed_ = true;
-  const Status sequence = sequence_->close();
+  Status sequence;
+  for (Branch& each : branches_) {
+    const Status ended = each.sequence->close();
+    if (sequence.ok()) sequence = ended;
+  }
   const Status runtime = runtime_->close();
   const Status disk = disk_->close();
   for (const Status& status : {sequence, runtime, disk}) {
@@ -196,10 +205,10 @@ void Harness::make_rows(std::uint32_t layer, std::uint32_t first, std::uint32_t 
   for (std::uint32_t position = first; position < first + count; ++position) {
     for (std::uint32_t head = 0; head < shape.kv_heads; ++head) {
       for (std::uint32_t e = 0; e < shape.head_dim; ++e) {
-        keys_[k++] = content_.key(layer, head, position, versions_[position], e);
+        keys_[k++] = content_.key(layer, head, position, branch().versions[position], e);
       }
       for (std::uint32_t e = 0; e < shape.value_dim; ++e) {
-        values_[v++] = content_.value(layer, head, position, versions_[position], e);
+        values_[v++] = content_.value(layer, head, position, branch().versions[position], e);
       }
     }
   }
@@ -207,21 +216,22 @@ void Harness::make_rows(std::uint32_t layer, std::uint32_t first, std::uint32_t 
 
 Status Harness::append_layer(std::uint32_t layer, std::uint32_t tokens) {
   const BlockShape& shape = setup_.block;
-  const std::uint32_t first = sequence_->tokens(LayerIndex{layer});
-  KVTIER_CHECK(first + tokens <= versions_.size(), "{} tokens have no version yet", tokens);
+  const std::uint32_t first = branch().sequence->tokens(LayerIndex{layer});
+  KVTIER_CHECK(first + tokens <= branch().versions.size(), "{} tokens have no version yet", tokens);
   make_rows(layer, first, tokens);
-  return sequence_->append(LayerIndex{layer},
-                           {.keys = reinterpret_cast<const std::byte*>(keys_.data()),
-                            .values = reinterpret_cast<const std::byte*>(values_.data()),
-                            .key_token_stride = shape.kv_heads * shape.head_dim * sizeof(float),
-                            .key_head_stride = shape.head_dim * sizeof(float),
-                            .value_token_stride = shape.kv_heads * shape.value_dim * sizeof(float),
-                            .value_head_stride = shape.value_dim * sizeof(float),
-                            .tokens = tokens});
+  return branch().sequence->append(
+      LayerIndex{layer}, {.keys = reinterpret_cast<const std::byte*>(keys_.data()),
+                          .values = reinterpret_cast<const std::byte*>(values_.data()),
+                          .key_token_stride = shape.kv_heads * shape.head_dim * sizeof(float),
+                          .key_head_stride = shape.head_dim * sizeof(float),
+                          .value_token_stride = shape.kv_heads * shape.value_dim * sizeof(float),
+                          .value_head_stride = shape.value_dim * sizeof(float),
+                          .tokens = tokens});
 }
 
 Status Harness::append(std::uint32_t tokens) {
-  versions_.insert(versions_.end(), tokens, next_version_);
+  std::vector<std::uint32_t>& versions = branch().versions;
+  versions.insert(versions.end(), tokens, branch().version);
   Status status;
   for (std::uint32_t layer = 0; layer < setup_.layers; ++layer) {
     const Status appended = append_layer(layer, tokens);
@@ -231,19 +241,53 @@ Status Harness::append(std::uint32_t tokens) {
 }
 
 Status Harness::truncate(std::uint32_t tokens) {
-  KVTIER_RETURN_IF_ERROR(sequence_->truncate(tokens));
-  versions_.resize(tokens);
-  ++next_version_;
+  KVTIER_RETURN_IF_ERROR(branch().sequence->truncate(tokens));
+  branch().versions.resize(tokens);
+  branch().version = ++next_version_;
   return {};
+}
+
+Status Harness::fork(std::uint32_t tokens) {
+  KVTIER_ASSIGN_OR_RETURN(auto sequence, branch().sequence->fork(tokens, {.high = setup_.seed,
+                                                                          .low = 42 + origins_++}));
+  Branch child{.sequence = std::move(sequence),
+               .versions = {branch().versions.begin(), branch().versions.begin() + tokens},
+               .version = ++next_version_};
+  branches_.push_back(std::move(child));
+  use(branches_.size() - 1);
+  return {};
+}
+
+Status Harness::copy() {
+  KVTIER_ASSIGN_OR_RETURN(auto sequence, make_sequence());
+  Branch twin{
+      .sequence = std::move(sequence), .versions = branch().versions, .version = ++next_version_};
+  branches_.push_back(std::move(twin));
+  use(branches_.size() - 1);
+  for (std::uint32_t layer = 0; layer < setup_.layers; ++layer) {
+    KVTIER_RETURN_IF_ERROR(append_layer(layer, tokens()));
+  }
+  return {};
+}
+
+Status Harness::end() {
+  const Status status = branch().sequence->close();
+  std::swap(branches_[active_], branches_.back());
+  branches_.pop_back();
+  use(0);
+  return status;
+}
+
+void Harness::make_queries(std::uint32_t layer, std::uint32_t query_count) {
+  queries_.resize(std::size_t{query_count} * options_.query_heads * setup_.block.head_dim);
+  for (std::size_t i = 0; i < queries_.size(); ++i) {
+    queries_[i] = 2.0f * unit(place(3, layer, 0, tokens(), setup_.seed & 0xFFFF, i));
+  }
 }
 
 Status Harness::step(std::uint32_t layer, std::uint32_t budget, std::uint32_t query_count,
                      QuerySelection selection) {
-  const std::uint32_t heads = options_.query_heads;
-  queries_.resize(std::size_t{query_count} * heads * setup_.block.head_dim);
-  for (std::size_t i = 0; i < queries_.size(); ++i) {
-    queries_[i] = 2.0f * unit(place(3, layer, 0, tokens(), setup_.seed & 0xFFFF, i));
-  }
+  make_queries(layer, query_count);
   return ask(layer, budget, query_count, selection);
 }
 
@@ -252,24 +296,47 @@ Status Harness::step_with(std::uint32_t layer, std::uint32_t budget, std::span<c
   return ask(layer, budget, 1, QuerySelection::kShared);
 }
 
-Status Harness::ask(std::uint32_t layer, std::uint32_t budget, std::uint32_t query_count,
-                    QuerySelection selection) {
+StepRequest Harness::make_request(std::uint32_t layer, std::uint32_t budget,
+                                  std::uint32_t query_count, QuerySelection selection) {
   const std::uint32_t heads = options_.query_heads;
   out_.assign(std::size_t{query_count} * heads * setup_.block.value_dim, 0.0f);
   lse_.assign(std::size_t{query_count} * heads, 0.0f);
   device_->expect(layer, queries_.data(),
-                  setup_.queries_per_kv_head * setup_.block.kv_heads_per_block, &versions_);
+                  setup_.queries_per_kv_head * setup_.block.kv_heads_per_block, &branch().versions);
   last_layer_ = layer;
   last_query_count_ = query_count;
-  ++step_count_;
-  return sequence_->step({.layer = LayerIndex{layer},
-                          .queries = queries_.data(),
-                          .query_count = query_count,
-                          .selection = selection,
-                          .budget_tokens = budget,
-                          .out = out_.data(),
-                          .lse = lse_.data()},
-                         &report_);
+  return {.layer = LayerIndex{layer},
+          .queries = queries_.data(),
+          .query_count = query_count,
+          .selection = selection,
+          .budget_tokens = budget,
+          .out = out_.data(),
+          .lse = lse_.data()};
+}
+
+Status Harness::ask(std::uint32_t layer, std::uint32_t budget, std::uint32_t query_count,
+                    QuerySelection selection) {
+  return branch().sequence->step(make_request(layer, budget, query_count, selection), &report_);
+}
+
+Status Harness::attend(std::uint32_t layer, std::uint32_t query_count) {
+  make_queries(layer, query_count);
+  const StepRequest request = make_request(layer, 0, query_count, QuerySelection::kShared);
+  return branch().sequence->attend({.layer = request.layer,
+                                    .queries = request.queries,
+                                    .query_count = query_count,
+                                    .out = request.out,
+                                    .lse = request.lse},
+                                   &report_);
+}
+
+Status Harness::resolve(std::uint32_t layer, std::uint32_t budget, ResolvedBlocks* resolved,
+                        std::uint32_t query_count) {
+  make_queries(layer, query_count);
+  StepRequest request = make_request(layer, budget, query_count, QuerySelection::kShared);
+  request.out = nullptr;
+  request.lse = nullptr;
+  return branch().sequence->resolve(request, resolved);
 }
 
 namespace {
@@ -292,7 +359,22 @@ void attend_one(const std::vector<std::pair<double, std::uint32_t>>& logits,
 
 }  // namespace
 
-std::vector<double> Harness::reference_out() const {
+std::vector<double> Harness::reference_out() const { return reference_over(report_.attended); }
+
+std::vector<double> Harness::exact_reference() const {
+  std::vector<AttendedRange> all;
+  const BlockLayout& layout = runtime_->layout();
+  for (std::uint32_t group = 0; group < layout.head_groups(); ++group) {
+    for (std::uint32_t first = 0; first < tokens(); first += layout.tokens_per_block()) {
+      all.push_back({.head_group = HeadGroup{group},
+                     .block = layout.block_of_token(first),
+                     .tokens = std::min(layout.tokens_per_block(), tokens() - first)});
+    }
+  }
+  return reference_over(all);
+}
+
+std::vector<double> Harness::reference_over(std::span<const AttendedRange> ranges) const {
   const BlockShape& shape = setup_.block;
   const std::uint32_t heads = options_.query_heads;
   std::vector<double> out(out_.size(), 0.0);
@@ -301,7 +383,7 @@ std::vector<double> Harness::reference_out() const {
     const std::uint32_t kv_head = row % heads / setup_.queries_per_kv_head;
     const std::uint32_t own = tokens() - last_query_count_ + query;
     std::vector<std::pair<double, std::uint32_t>> logits;
-    for (const AttendedRange& range : report_.attended) {
+    for (const AttendedRange& range : ranges) {
       if (range.head_group.value != kv_head / shape.kv_heads_per_block) continue;
       for (std::uint32_t i = 0; i < range.tokens; ++i) {
         const std::uint32_t position =
@@ -310,7 +392,7 @@ std::vector<double> Harness::reference_out() const {
         double dot = 0.0;
         for (std::uint32_t e = 0; e < shape.head_dim; ++e) {
           dot += double{queries_[std::size_t{row} * shape.head_dim + e]} *
-                 content_.key(last_layer_, kv_head, position, versions_[position], e);
+                 content_.key(last_layer_, kv_head, position, branch().versions[position], e);
         }
         double logit = dot * options_.softmax.scale;
         if (options_.softmax.logit_cap > 0) {
@@ -326,7 +408,8 @@ std::vector<double> Harness::reference_out() const {
     attend_one(
         logits,
         [&](std::uint32_t position, std::uint32_t e) {
-          return double{content_.value(last_layer_, kv_head, position, versions_[position], e)};
+          return double{
+              content_.value(last_layer_, kv_head, position, branch().versions[position], e)};
         },
         shape.value_dim, sink, &out[std::size_t{row} * shape.value_dim], &lse);
   }

@@ -113,7 +113,8 @@ struct HarnessOptions {
   FaultPlan faults;
 };
 
-/// A runtime in a world of memory, its one sequence, and the truth about its tokens.
+/// A runtime in a world of memory, its sequences, and the truth about their tokens. Calls are about
+/// the sequence in use: the first, until `use` says otherwise.
 class Harness {
  public:
   explicit Harness(const HarnessOptions& options);
@@ -129,15 +130,32 @@ class Harness {
   /// One query, given: [query_heads, head_dim].
   Status step_with(std::uint32_t layer, std::uint32_t budget, std::span<const float> query);
 
+  /// Exact attention of the last tokens over all; `out` and `lse` are kept likewise.
+  Status attend(std::uint32_t layer, std::uint32_t query_count);
+  Status resolve(std::uint32_t layer, std::uint32_t budget, ResolvedBlocks* resolved,
+                 std::uint32_t query_count = 1);
+
+  /// A fork of the sequence in use, in use afterwards.
+  Status fork(std::uint32_t tokens);
+  /// Another sequence of the same tokens as the one in use, appended one by one; in use afterwards.
+  Status copy();
+  /// Ends the sequence in use; the last one takes its number, and the first is in use afterwards.
+  Status end();
+  void use(std::size_t sequence) { active_ = sequence; }
+  std::size_t sequences() const { return branches_.size(); }
+  Sequence& sequence() { return *branches_[active_].sequence; }
+
   /// Exact attention over what the last step attended, in float64, from contents.
   std::vector<double> reference_out() const;
+  /// Over every token that a query sees.
+  std::vector<double> exact_reference() const;
 
   const StepReport& report() const { return report_; }
   const std::vector<float>& out() const { return out_; }
   /// Of the last step.
   const std::vector<float>& queries() const { return queries_; }
   const std::vector<float>& lse() const { return lse_; }
-  std::uint32_t tokens() const { return static_cast<std::uint32_t>(versions_.size()); }
+  std::uint32_t tokens() const { return static_cast<std::uint32_t>(branch().versions.size()); }
   CheckingDevice& device() { return *device_; }
   Runtime& runtime() { return *runtime_; }
   const RuntimeOptions& options() const { return options_; }
@@ -148,8 +166,21 @@ class Harness {
   Status close();
 
  private:
+  /// One sequence, and what stands at each of its positions.
+  struct Branch {
+    std::unique_ptr<Sequence> sequence;
+    std::vector<std::uint32_t> versions;
+    std::uint32_t version = 1;  ///< Of what is appended next.
+  };
+  const Branch& branch() const { return branches_[active_]; }
+  Branch& branch() { return branches_[active_]; }
+  Result<std::unique_ptr<Sequence>> make_sequence();
+  void make_queries(std::uint32_t layer, std::uint32_t query_count);
+  StepRequest make_request(std::uint32_t layer, std::uint32_t budget, std::uint32_t query_count,
+                           QuerySelection selection);
   Status ask(std::uint32_t layer, std::uint32_t budget, std::uint32_t query_count,
              QuerySelection selection);
+  std::vector<double> reference_over(std::span<const AttendedRange> ranges) const;
   void make_rows(std::uint32_t layer, std::uint32_t first, std::uint32_t count);
 
   HarnessOptions setup_;
@@ -163,10 +194,10 @@ class Harness {
   MemoryFile* memory_file_ = nullptr;
   std::unique_ptr<File> disk_;
   std::unique_ptr<Runtime> runtime_;
-  std::unique_ptr<Sequence> sequence_;
-  std::vector<std::uint32_t> versions_;
+  std::vector<Branch> branches_;
+  std::size_t active_ = 0;
+  std::uint64_t origins_ = 0;
   std::uint32_t next_version_ = 1;
-  std::uint64_t step_count_ = 0;
   std::uint32_t last_layer_ = 0;
   std::uint32_t last_query_count_ = 1;
   std::vector<float> keys_;

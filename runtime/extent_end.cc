@@ -1,0 +1,88 @@
+#include "kernels/checksum.h"
+#include "memory/check.h"
+#include "runtime/host_tier.h"
+
+#include <algorithm>
+#include <cstring>
+
+// Of the host tier, what happens to an extent whose tokens end or part ways: it is given up, cut,
+// or copied as far as two sequences agree.
+
+namespace kvtier {
+
+void HostTier::release(ExtentId id) {
+  if (table_.unshare(id)) return;
+  Extent& extent = table_.row(id);
+  if (extent.state == HomeState::kWriting) end_write(id);
+  if (extent.state == HomeState::kReading) abandon_read(id);
+  if (extent.prefetched) counters_.prefetch.wasted_bytes += layout_.extent_bytes();
+  extent.prefetched = false;
+  table_.release(id);
+}
+
+void HostTier::reopen(ExtentId id, std::uint32_t first_cut) {
+  Extent& extent = table_.row(id);
+  settle_write(id);
+  // Without a copy on disk that counts, the frame must stay: kBoth was free to go until now.
+  if (extent.state == HomeState::kBoth) table_.hold_frame(id);
+  table_.advance(id, HomeEvent::kReopen);
+  table_.give_back_place(id);
+  // The header may be that of another extent of this layer and head group, read in the place of
+  // this one: what it says of damaged blocks is not carried on.
+  ExtentHeader header = table_.header(id);
+  for (std::uint32_t place = 0; place < extent.sealed; ++place) {
+    if (place >= first_cut || table_.is_damaged(layout_.block_id(id, place))) {
+      header.clear_entry(place);
+    }
+  }
+  extent.sealed = std::min(extent.sealed, first_cut);
+  if (extent.prefetched) counters_.prefetch.useful_bytes += layout_.extent_bytes();
+  extent.prefetched = false;
+}
+
+void HostTier::copy_blocks(ExtentId source, ExtentId target, std::uint32_t blocks,
+                           Generation generation) {
+  ExtentHeader header = table_.header(target);
+  for (std::uint32_t place = 0; place < blocks; ++place) {
+    const BlockId block = layout_.block_id(target, place);
+    std::byte* bytes = table_.block_bytes(block).data();
+    table_.set_generation(block, generation);
+    const bool intact = copy_block(layout_.block_id(source, place), bytes);
+    table_.set_damaged(block, !intact);
+    if (!intact) continue;
+    const BlockIdentity identity = table_.identity(block);
+    header.set_entry(place, {.identity = identity,
+                             .generation = generation,
+                             .length_bytes = static_cast<std::uint32_t>(layout_.payload_bytes()),
+                             .checksum = block_checksum({bytes, layout_.payload_bytes()}, identity,
+                                                        generation)});
+  }
+  table_.row(target).sealed = blocks;
+}
+
+// From the frame, or, where that has gone bad, from the device.
+bool HostTier::copy_block(BlockId source, std::byte* target) {
+  if (!table_.is_damaged(source)) {
+    std::memcpy(target, table_.block_bytes(source).data(), layout_.block_bytes());
+    ++counters_.verification.verified;
+    if (check(source, target).ok) return true;
+    ++counters_.verification.mismatched;
+  }
+  if (map_.state(source) != ResidencyState::kResident) return false;
+  const CopySpan span{
+      .source = map_.address(map_.find(source)), .target = target, .bytes = layout_.block_bytes()};
+  for (int attempt = 0; attempt < kCopyAttempts; ++attempt) {
+    Result<Transfer> transfer =
+        engine_.submit({.route = Route::kDeviceToHost, .spans = {&span, 1}});
+    if (!transfer.ok() || !transfer->wait().ok()) continue;
+    ++counters_.verification.verified;
+    if (check(source, target).ok) {
+      ++counters_.verification.recovered;
+      return true;
+    }
+    ++counters_.verification.mismatched;
+  }
+  return false;
+}
+
+}  // namespace kvtier
