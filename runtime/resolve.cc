@@ -56,6 +56,7 @@ Status Sequence::State::hold_work(StepTiming& timing) {
         wanted * runtime.layout.block_bytes(), missing * runtime.layout.block_bytes()));
   }
   WaveFetch& fetch = *runtime.waves[0];
+  fetch.admit_as(Admission::kUsed);
   take_piece(0, hits, fetch);
   Status status;
   for (std::uint32_t begin = hits; begin < items && status.ok();) {

@@ -203,6 +203,7 @@ Status Sequence::State::bring_up(BlockId block) {
   if (!slot) return no_space("no device slot is left for the block that a truncation cuts");
   failures.clear();
   WaveFetch& fetch = *runtime.waves[0];
+  fetch.admit_as(Admission::kUsed);
   (void)fetch.add({block, *slot});
   fetch.begin();
   fetch.finish(failures);

@@ -162,7 +162,6 @@ void WaveFetch::finish(std::vector<BlockFailure>& failures) {
   miss_of_span_.clear();
   copies_.clear();
   spans_submitted_ = 0;
-  why_ = Admission::kUsed;
 }
 
 // --- Judging.

@@ -42,8 +42,8 @@ class WaveFetch {
   /// Extents that this wave brings from disk, so far.
   std::uint32_t reads() const { return static_cast<std::uint32_t>(reads_.size()); }
 
-  /// Before the first `add` of a wave: what eviction is told of what arrives, until `finish`. A
-  /// frame that is only streamed from is not touched.
+  /// Before the first `add` of every wave: what eviction is told of what arrives. A frame that is
+  /// only streamed from is not touched.
   void admit_as(Admission why) { why_ = why; }
   /// Adds a miss; returns the tier where its bytes are now (an extent that look-ahead is bringing
   /// counts as host).
