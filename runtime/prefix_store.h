@@ -84,6 +84,7 @@ class PrefixStore {
 
    private:
     friend class PrefixStore;
+    Saving() = default;
     struct Run {
       std::uint32_t run = 0;
       StoreFill fill;
@@ -117,7 +118,7 @@ class PrefixStore {
                                                std::uint32_t tag);
 
  private:
-  StoreKey root() const;
+  Status compare(const StoredItem& item, std::span<const std::uint32_t> tokens);
 
   Store* store_;
   BlockLayout layout_;

@@ -34,12 +34,42 @@ constexpr std::size_t kEntryChecksumAt = 32;
 std::uint64_t header_checksum(std::span<const std::byte> header) {
   std::array<std::byte, 16> digests;
   store_little_endian(digests.data(), checksum(header.first(kChecksumAt)));
-  store_little_endian(digests.data() + 8, checksum(header.subspan(BlockLayout::kExtentHeaderFixedBytes)));
+  store_little_endian(digests.data() + 8,
+                      checksum(header.subspan(BlockLayout::kExtentHeaderFixedBytes)));
   return checksum(digests);
+}
+
+// Bytes of the header of an extent with this many places.
+std::size_t header_bytes_for(std::uint32_t places) {
+  const std::size_t fields = BlockLayout::kExtentHeaderFixedBytes +
+                             std::size_t{places} * BlockLayout::kExtentHeaderEntryBytes;
+  return (fields + BlockLayout::kPageBytes - 1) / BlockLayout::kPageBytes * BlockLayout::kPageBytes;
 }
 
 Status mismatch(const char* field, std::uint64_t found, std::uint64_t expected) {
   return corrupt(fmt::format("extent header: {} is {:#x}, expected {:#x}", field, found, expected));
+}
+
+// Whether the block of a sound header's entry is what it must be.
+StatusCode check_block(std::span<const std::byte> extent, const ExtentFacts& facts,
+                       std::uint32_t place) {
+  const std::byte* const entry = extent.data() + BlockLayout::kExtentHeaderFixedBytes +
+                                 place * BlockLayout::kExtentHeaderEntryBytes;
+  const auto length = load_little_endian<std::uint32_t>(entry + kLengthAt);
+  if (length == 0) return StatusCode::kNotFound;
+  const BlockIdentity identity = {
+      .origin = {.high = load_little_endian<std::uint64_t>(entry + kOriginHighAt),
+                 .low = load_little_endian<std::uint64_t>(entry + kOriginLowAt)},
+      .layer = facts.layer,
+      .head_group = facts.head_group,
+      .index = BlockIndex{load_little_endian<std::uint32_t>(entry + kIndexAt)}};
+  const Generation generation{load_little_endian<std::uint32_t>(entry + kGenerationAt)};
+  const std::size_t block_bytes = load_little_endian<std::uint32_t>(extent.data() + kBlockBytesAt);
+  const std::uint64_t found =
+      block_checksum(extent.subspan(header_bytes_for(facts.places) + place * block_bytes, length),
+                     identity, generation);
+  const auto expected = load_little_endian<std::uint64_t>(entry + kEntryChecksumAt);
+  return found == expected ? StatusCode::kOk : StatusCode::kCorrupt;
 }
 
 }  // namespace
@@ -102,14 +132,17 @@ ExtentEntry ExtentHeader::entry(std::uint32_t place) const {
   entry.identity.origin = {.high = load_little_endian<std::uint64_t>(at + kOriginHighAt),
                            .low = load_little_endian<std::uint64_t>(at + kOriginLowAt)};
   entry.identity.layer = LayerIndex{load_little_endian<std::uint32_t>(bytes_.data() + kLayerAt)};
-  entry.identity.head_group = HeadGroup{load_little_endian<std::uint32_t>(bytes_.data() + kHeadGroupAt)};
+  entry.identity.head_group =
+      HeadGroup{load_little_endian<std::uint32_t>(bytes_.data() + kHeadGroupAt)};
   entry.identity.index = BlockIndex{load_little_endian<std::uint32_t>(at + kIndexAt)};
   entry.generation = Generation{load_little_endian<std::uint32_t>(at + kGenerationAt)};
   entry.checksum = load_little_endian<std::uint64_t>(at + kEntryChecksumAt);
   return entry;
 }
 
-void ExtentHeader::seal() { store_little_endian(bytes_.data() + kChecksumAt, header_checksum(bytes_)); }
+void ExtentHeader::seal() {
+  store_little_endian(bytes_.data() + kChecksumAt, header_checksum(bytes_));
+}
 
 Status ExtentHeader::verify(LayerIndex layer, HeadGroup head_group) const {
   const std::byte* const at = bytes_.data();
@@ -137,10 +170,82 @@ Status ExtentHeader::verify(LayerIndex layer, HeadGroup head_group) const {
   if (const auto found = load_little_endian<std::uint32_t>(at + kLayerAt); found != layer.value) {
     return mismatch("layer", found, layer.value);
   }
-  if (const auto found = load_little_endian<std::uint32_t>(at + kHeadGroupAt); found != head_group.value) {
+  if (const auto found = load_little_endian<std::uint32_t>(at + kHeadGroupAt);
+      found != head_group.value) {
     return mismatch("head group", found, head_group.value);
   }
   return {};
+}
+
+bool looks_like_extent(std::span<const std::byte> page) {
+  if (page.size() < kMagic.size()) return false;
+  for (std::size_t i = 0; i < kMagic.size(); ++i) {
+    if (page[i] != std::byte{kMagic[i]}) return false;
+  }
+  return true;
+}
+
+Status check_extent_header(std::span<const std::byte> extent, ExtentFacts& facts) {
+  facts = {};
+  if (extent.size() < BlockLayout::kPageBytes || !looks_like_extent(extent)) {
+    return corrupt("extent header: the magic is not there");
+  }
+  const std::byte* const at = extent.data();
+  if (const auto found = load_little_endian<std::uint32_t>(at + kVersionAt); found != kVersion) {
+    return mismatch("version", found, kVersion);
+  }
+  const auto places = load_little_endian<std::uint32_t>(at + kBlockCountAt);
+  const std::size_t header_bytes = header_bytes_for(places);
+  if (header_bytes > extent.size()) return mismatch("block count", places, 0);
+  const std::span<const std::byte> header = extent.first(header_bytes);
+  const std::uint64_t expected = header_checksum(header);
+  if (const auto found = load_little_endian<std::uint64_t>(at + kChecksumAt); found != expected) {
+    return mismatch("checksum", found, expected);
+  }
+  facts.places = places;
+  facts.fingerprint = load_little_endian<std::uint64_t>(at + kFingerprintAt);
+  facts.layer = LayerIndex{load_little_endian<std::uint32_t>(at + kLayerAt)};
+  facts.head_group = HeadGroup{load_little_endian<std::uint32_t>(at + kHeadGroupAt)};
+  facts.extent_bytes = load_little_endian<std::uint64_t>(at + kExtentBytesAt);
+  facts.header_digest = checksum(header);
+  const std::uint64_t block_bytes = load_little_endian<std::uint32_t>(at + kBlockBytesAt);
+  if (block_bytes * places + header_bytes > facts.extent_bytes) {
+    return mismatch("extent bytes", facts.extent_bytes, block_bytes * places + header_bytes);
+  }
+  for (std::uint32_t place = 0; place < places; ++place) {
+    const std::byte* const entry =
+        at + BlockLayout::kExtentHeaderFixedBytes + place * BlockLayout::kExtentHeaderEntryBytes;
+    const auto length = load_little_endian<std::uint32_t>(entry + kLengthAt);
+    if (length > block_bytes) return mismatch("length of a block", length, block_bytes);
+    facts.blocks += length > 0;
+  }
+  return {};
+}
+
+Status check_extent(std::span<const std::byte> extent, std::span<StatusCode> verdicts,
+                    ExtentFacts& facts) {
+  Status status = check_extent_header(extent, facts);
+  if (status.ok() && facts.extent_bytes != extent.size()) {
+    status = mismatch("extent bytes", facts.extent_bytes, extent.size());
+  }
+  if (!status.ok()) {
+    std::fill(verdicts.begin(), verdicts.end(), StatusCode::kCorrupt);
+    return status;
+  }
+  std::uint32_t first_corrupt = 0;
+  for (std::uint32_t place = 0; place < facts.places; ++place) {
+    const StatusCode verdict = check_block(extent, facts, place);
+    if (place < verdicts.size()) verdicts[place] = verdict;
+    if (verdict != StatusCode::kCorrupt) continue;
+    if (facts.blocks_corrupt == 0) first_corrupt = place;
+    ++facts.blocks_corrupt;
+  }
+  if (facts.blocks_corrupt == 0) return {};
+  return corrupt(
+      fmt::format("layer {} head group {}: {} of {} blocks are not as they were written, "
+                  "the first in place {}",
+                  facts.layer.value, facts.head_group.value, facts.blocks_corrupt, facts.blocks,
+                  first_corrupt));
 }
 
 }  // namespace kvtier

@@ -41,6 +41,8 @@ class IndexLog {
   /// the level. `no_space` when they do not fit.
   Status rewrite(IndexHeader header, std::span<const IndexRecord> records);
 
+  /// False after a failed write, until a rewrite succeeds.
+  bool is_sound() const { return !broken_; }
   /// Records that can still be appended.
   std::uint64_t room() const { return records_max_ - position_; }
   std::uint64_t records_max() const { return records_max_; }
@@ -51,18 +53,23 @@ class IndexLog {
   Status sync();
 
  private:
-  IndexLog(File* file, Region page);
+  IndexLog(File* file, Region buffer);
+  std::span<std::byte> tail() const;
   std::uint64_t area_offset(std::uint32_t area) const;
   Result<IndexHeader> read_header(std::uint32_t area, const StoreId& store);
   Status write_records(std::uint32_t area, std::uint64_t epoch, std::uint64_t position,
                        std::span<const IndexRecord> records);
 
   File* file_;
+  /// What is written or read, and behind it the last page as it stands in the file.
   Region buffer_;
   std::uint64_t area_bytes_ = 0;
   std::uint64_t records_max_ = 0;
   std::uint32_t area_ = 0;
   std::uint64_t position_ = 0;
+  /// No attempt at a rewrite has the epoch of another, so that what a failed one left is told
+  /// apart.
+  std::uint64_t epoch_tried_ = 0;
   IndexHeader header_;
   bool broken_ = false;
 };

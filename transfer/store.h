@@ -13,6 +13,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <vector>
 
 namespace kvtier {
 
@@ -121,7 +122,9 @@ class StoredItem {
   std::uint64_t layout_fingerprint() const;
   /// None when the item has no blob of that tag.
   std::optional<std::uint64_t> blob_bytes(std::uint32_t tag) const;
-  /// Keys of the extents in the order they were written; of as many as fit.
+  /// Tags of the blobs, ascending within those in the manifest and those in places of their own.
+  std::vector<std::uint32_t> blob_tags() const;
+  /// Keys of the extents in ascending order; of as many as fit.
   std::size_t list_extents(std::span<StoreExtentKey> target) const;
 
  private:
@@ -187,7 +190,7 @@ class Store {
   // --- Writing.
 
   /// Takes places, evicting as needed. `busy` when the key is stored or being written already;
-  /// `no_space` when too much is held, naming the figures; nothing is evicted in vain.
+  /// `no_space`, with the figures, when too much is held. What could never fit evicts nothing.
   Result<StoreFill> fill(const StoreFillRequest& request);
   /// Writes extents, each key once, at most as many as were asked for. `corrupt` when one is not a
   /// sound extent of the layer, head group and layout that it is to be. After a failure the fill
