@@ -89,7 +89,7 @@ Result<IndexContent> IndexLog::load(const StoreId& store) {
   // looked through, since behind a page that was lost there may be others that were not.
   const std::uint64_t limit = header_.clean ? header_.records : records_max_;
   std::uint64_t position = 0;
-  std::uint64_t first_bad = limit;
+  bool ended = false;
   for (std::uint64_t at = 0; at < limit;) {
     const std::uint64_t pages = std::min<std::uint64_t>(
         (limit - at + kRecordsPerPage - 1) / kRecordsPerPage, kIndexBufferBytes / kIndexPageBytes);
@@ -101,15 +101,19 @@ Result<IndexContent> IndexLog::load(const StoreId& store) {
       IndexRecord record;
       const RecordState state = decode_record(
           bytes.subspan(i * IndexRecord::kBytes, IndexRecord::kBytes), header_.epoch, at, record);
-      const bool ended = first_bad < limit;
       if (state == RecordState::kValid && !ended) {
         content.records.push_back(record);
         position = at + 1;
-      } else if (state != RecordState::kAbsent && content.damage.empty()) {
-        content.damage = fmt::format("record {} is {}", at,
-                                     state == RecordState::kDamaged ? "torn" : "behind a hole");
+        continue;
       }
-      if (state != RecordState::kValid) first_bad = std::min(first_bad, at);
+      // The end is written down: a page of it that went missing does not look like one.
+      const bool is_sound = ended ? state == RecordState::kEnd || state == RecordState::kAbsent
+                                  : state == RecordState::kEnd;
+      if (!is_sound && content.damage.empty()) {
+        constexpr const char* kWhat[] = {"behind a hole", "out of place", "missing", "torn"};
+        content.damage = fmt::format("record {} is {}", at, kWhat[static_cast<int>(state)]);
+      }
+      ended = true;
     }
   }
   if (position < header_.records && content.damage.empty()) {
@@ -119,17 +123,19 @@ Result<IndexContent> IndexLog::load(const StoreId& store) {
   return content;
 }
 
-// Writes whole pages. The first may begin with records that are there already: they are repeated
-// from memory, because what would be read back could be damaged.
+// Writes whole pages, behind the records the end: a page of ends where the last one is full. The
+// first page may begin with records that are there already: they are repeated from memory, because
+// what would be read back could be damaged.
 Status IndexLog::write_records(std::uint32_t area, std::uint64_t epoch, std::uint64_t position,
                                std::span<const IndexRecord> records) {
-  while (!records.empty()) {
+  do {
     const std::uint64_t lead = position % kRecordsPerPage;
     const std::uint64_t first_page = position / kRecordsPerPage;
-    const std::size_t count =
-        std::min<std::size_t>(records.size(), kIndexBufferBytes / IndexRecord::kBytes - lead);
-    const std::size_t used = (lead + count) * IndexRecord::kBytes;
-    const std::size_t bytes = (used + kIndexPageBytes - 1) / kIndexPageBytes * kIndexPageBytes;
+    constexpr std::size_t kBatch = (kIndexBufferBytes - kIndexPageBytes) / IndexRecord::kBytes;
+    const std::size_t count = std::min<std::size_t>(records.size(), kBatch - lead);
+    const std::uint64_t last_page = (position + count) / kRecordsPerPage;
+    const std::uint64_t end = std::min((last_page + 1) * kRecordsPerPage, records_max_);
+    const std::size_t bytes = (end - first_page * kRecordsPerPage) * IndexRecord::kBytes;
     const std::span<std::byte> buffer = buffer_.bytes().first(bytes);
     const std::uint64_t offset = area_offset(area) + (1 + first_page) * kIndexPageBytes;
     if (lead > 0) {
@@ -139,14 +145,17 @@ Status IndexLog::write_records(std::uint32_t area, std::uint64_t epoch, std::uin
       encode(records[i], epoch, position + i,
              buffer.subspan((lead + i) * IndexRecord::kBytes, IndexRecord::kBytes));
     }
-    const auto rest = buffer.subspan(used);
-    std::fill(rest.begin(), rest.end(), std::byte{0});
+    for (std::uint64_t at = position + count; at < end; ++at) {
+      encode(IndexRecord{.kind = IndexRecord::Kind::kEnd}, epoch, at,
+             buffer.subspan((at - first_page * kRecordsPerPage) * IndexRecord::kBytes,
+                            IndexRecord::kBytes));
+    }
     KVTIER_RETURN_IF_ERROR(run_whole(*file_, FileOperation::Kind::kWrite, offset, buffer));
     const auto last = buffer.last(kIndexPageBytes);
     std::copy(last.begin(), last.end(), tail().begin());
     records = records.subspan(count);
     position += count;
-  }
+  } while (!records.empty());
   return {};
 }
 

@@ -309,10 +309,11 @@ RecordState decode_record(std::span<const std::byte> bytes, std::uint64_t epoch,
   const auto found_epoch = get<std::uint64_t>(bytes, 8);
   if (found_epoch < epoch) return RecordState::kAbsent;
   const auto kind = get<std::uint32_t>(bytes, 4);
-  if (found_epoch > epoch || get<std::uint64_t>(bytes, 16) != position || kind < 1 || kind > 3) {
+  if (found_epoch > epoch || get<std::uint64_t>(bytes, 16) != position || kind > 3) {
     return RecordState::kDamaged;
   }
   record.kind = static_cast<IndexRecord::Kind>(kind);
+  if (record.kind == IndexRecord::Kind::kEnd) return RecordState::kEnd;
   record.number = get<std::uint64_t>(bytes, 24);
   record.key.bytes = get_bytes<32>(bytes, 32);
   record.unit = get<std::uint32_t>(bytes, 64);

@@ -119,7 +119,7 @@ Result<IndexHeader> decode_index_header(std::span<const std::byte> page);
 /// One line of the index.
 struct IndexRecord {
   static constexpr std::size_t kBytes = 128;
-  enum class Kind : std::uint32_t { kPut = 1, kErase = 2, kReferences = 3 };
+  enum class Kind : std::uint32_t { kEnd = 0, kPut = 1, kErase = 2, kReferences = 3 };
 
   Kind kind = Kind::kPut;
   std::uint32_t references = 0;
@@ -137,7 +137,8 @@ void encode(const IndexRecord& record, std::uint64_t epoch, std::uint64_t positi
 /// What stands where a record may stand.
 enum class RecordState : unsigned char {
   kValid,
-  kAbsent,   ///< Zeros, or what an earlier epoch left: the end.
+  kEnd,      ///< The end, as it was written there.
+  kAbsent,   ///< Zeros, or what an earlier epoch left.
   kDamaged,  ///< Neither: a torn, lost or misplaced write.
 };
 RecordState decode_record(std::span<const std::byte> bytes, std::uint64_t epoch,

@@ -114,6 +114,7 @@ Status Store::State::load_items(std::span<const IndexRecord> records) {
     switch (record.kind) {
       case IndexRecord::Kind::kPut: alive[record.key] = record; break;
       case IndexRecord::Kind::kErase: alive.erase(record.key); break;
+      case IndexRecord::Kind::kEnd: break;
       case IndexRecord::Kind::kReferences:
         if (const auto found = alive.find(record.key); found != alive.end()) {
           found->second.references = record.references;

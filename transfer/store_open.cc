@@ -28,7 +28,7 @@ std::uint64_t index_bytes_for(std::uint64_t data_bytes) {
 }
 
 // The largest segment file of whole chunks that is not larger than `bytes`; 0 when none is.
-std::uint64_t segment_of(std::uint64_t bytes) {
+std::uint64_t whole_segment(std::uint64_t bytes) {
   if (bytes < SegmentHeader::kDataOffset + SpaceMap::kChunkBytes) return 0;
   return (bytes - SegmentHeader::kDataOffset) / SpaceMap::kChunkBytes * SpaceMap::kChunkBytes +
          SegmentHeader::kDataOffset;
@@ -59,7 +59,7 @@ Result<StoreGeometry> StoreGeometry::of_capacity(std::uint64_t capacity_bytes,
         data / (kChunksPerSegmentMin * SpaceMap::kChunkBytes), 1, kSegmentsByDefault);
     wanted = std::min(data / parts, kSegmentBytesMax);
   }
-  geometry.segment_bytes = segment_of(wanted);
+  geometry.segment_bytes = whole_segment(wanted);
   const std::uint64_t count = geometry.segment_bytes == 0 ? 0 : data / geometry.segment_bytes;
   if (count == 0) {
     const std::uint64_t least =
@@ -124,6 +124,14 @@ Status Store::State::create_files() {
       geometry, StoreGeometry::of_capacity(options.capacity_bytes, options.segment_bytes));
   KVTIER_RETURN_IF_ERROR(check_room(geometry.total_bytes()));
   KVTIER_ASSIGN_OR_RETURN(id, random_id());
+  // An index without a segment says nothing that could be found.
+  KVTIER_ASSIGN_OR_RETURN(const std::optional<std::uint64_t> old_index,
+                          directory->size_of(kIndexFileName));
+  if (old_index) {
+    add_notice(fmt::format("{} is missing, as is every other segment: the store is made anew",
+                           segment_name(0)));
+    KVTIER_RETURN_IF_ERROR(directory->remove(kIndexFileName));
+  }
   segments.resize(geometry.segments);
   for (std::uint32_t i = 0; i < geometry.segments; ++i) KVTIER_RETURN_IF_ERROR(create_segment(i));
   KVTIER_RETURN_IF_ERROR(open_index());
@@ -185,7 +193,7 @@ Status Store::State::find_geometry() {
     geometry = {.segments = header->segments,
                 .segment_bytes = header->segment_bytes,
                 .index_bytes = index_bytes_for(header->segments * header->segment_bytes)};
-    if (segment_of(geometry.segment_bytes) != geometry.segment_bytes ||
+    if (whole_segment(geometry.segment_bytes) != geometry.segment_bytes ||
         geometry.segments > kSegmentsMax) {
       return corrupt(fmt::format("{}/{}: {} segments of {} B make no sense", directory->name(),
                                  segment_name(i), geometry.segments, geometry.segment_bytes));
