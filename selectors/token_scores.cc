@@ -1,6 +1,7 @@
 #include "selectors/token_scores.h"
 
 #include "kernels/score_rows.h"
+#include "kernels/weigh_cells.h"
 #include "kernels/weighted_rows.h"
 #include "selectors/rank_blocks.h"
 
@@ -15,52 +16,6 @@ namespace {
 
 float sum_of(std::span<const float> values) {
   return std::accumulate(values.begin(), values.end(), 0.0f);
-}
-
-/// Sums of `kTokens` neighbours each, by halves: the additions of a sum do not wait in one queue.
-template <std::uint32_t kTokens>
-void add_whole_cells(const float* weights, std::size_t count, float* target) {
-  for (std::size_t i = 0; i < count; ++i, weights += kTokens) {
-    float sums[kTokens];
-    std::copy_n(weights, kTokens, sums);
-    for (std::uint32_t half = kTokens / 2; half > 0; half /= 2) {
-      for (std::uint32_t k = 0; k < half; ++k) sums[k] += sums[k + half];
-    }
-    target[i] = sums[0];
-  }
-}
-
-/// target[cell] = sum of its weights, for tokens from `begin` on; the first and the last cell may
-/// be cut.
-void add_cells(std::span<const float> weights, std::uint32_t begin, std::uint32_t cell_tokens,
-               float* target) {
-  const std::uint32_t cell = begin / cell_tokens;
-  const std::size_t before =
-      std::min<std::size_t>(weights.size(), (cell + 1) * cell_tokens - begin);
-  target[cell] = sum_of(weights.first(before));
-  const float* whole = weights.data() + before;
-  const std::size_t count = (weights.size() - before) / cell_tokens;
-  target += cell + 1;
-  switch (cell_tokens) {
-    case 1: std::copy_n(whole, count, target); break;
-    case 2: add_whole_cells<2>(whole, count, target); break;
-    case 4: add_whole_cells<4>(whole, count, target); break;
-    case 8: add_whole_cells<8>(whole, count, target); break;
-    default:
-      for (std::size_t i = 0; i < count; ++i) {
-        float sum = 0.0f;
-        for (std::uint32_t k = 0; k < cell_tokens; k += 8) {
-          float eight;
-          add_whole_cells<8>(whole + i * cell_tokens + k, 1, &eight);
-          sum += eight;
-        }
-        target[i] = sum;
-      }
-  }
-  const std::size_t after = before + count * cell_tokens;
-  if (after < weights.size()) {
-    target[count] = sum_of(weights.subspan(after));
-  }
 }
 
 }  // namespace
@@ -260,22 +215,24 @@ bool TokenScores::weigh_row(const Step& step, const Piece& piece, std::uint32_t 
     lse = kEmptyLse;
     return true;
   }
-  const std::span logits(piece.logits + r * kSliceTokens, sees - piece.first_token);
-  if (!all_finite(logits)) return false;
+  CellRow cells_of_row{.logits = piece.logits + r * kSliceTokens,
+                       .count = sees - piece.first_token,
+                       .cell_tokens = cell_tokens_,
+                       .cells = cells(piece.head, row) + piece.first_token / cell_tokens_};
   const std::uint32_t begin = std::max(piece.first_token, region_.begin);
   const std::uint32_t end = std::min(piece.end_token, region_.end);
+  if (begin < end) {
+    cells_of_row.begin = begin - piece.first_token;
+    cells_of_row.end = end - piece.first_token;
+  }
   if (shape_.reduction == GroupReduction::kMean) {
     float* sums = logits_.data() + piece.head * std::size_t{cells_max_};
     for (std::uint32_t t = begin; t < end; ++t) {
-      sums[t / cell_tokens_] += logits[t - piece.first_token];
+      sums[t / cell_tokens_] += cells_of_row.logits[t - piece.first_token];
     }
   }
-  lse = softmax_row(logits);
-  if (begin < end) {
-    add_cells(logits.subspan(begin - piece.first_token, end - begin), begin, cell_tokens_,
-              cells(piece.head, row));
-  }
-  return true;
+  lse = weigh_cells(cells_of_row);
+  return !std::isnan(lse);
 }
 
 /// From the slices' log-sum-exps to what their weights are multiplied with.
