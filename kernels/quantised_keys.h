@@ -74,6 +74,8 @@ struct CodedTask {
   std::uint32_t query_count = 0;
   float* logits = nullptr;       ///< [queries, 64 * run_count]
   std::size_t logit_stride = 0;  ///< Elements from one query's logits to the next's.
+  /// Whether the run behind these will be scored next, so that it is fetched in time.
+  bool goes_on = false;
 };
 
 /// logits[q][t] = cap(scale * dot(queries[q], key[t])) with the key that the codes stand for.

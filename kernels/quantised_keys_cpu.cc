@@ -301,7 +301,8 @@ void score_runs(const SoftmaxOptions& softmax, const CodedTask& task, QueryRows 
     if (tiles == 0) continue;
     const CodeLine* run = task.runs + r * codes.run_lines();
     fold_queries<T, kRows>(codes, softmax.scale, run, queries, folded);
-    const CodeLine* next = r + 1 < task.run_count ? run + codes.run_lines() : run;
+    const bool last = r + 1 == task.run_count && !task.goes_on;
+    const CodeLine* next = last ? run : run + codes.run_lines();
     for (std::size_t i = KeyCodes::kRunTiles * codes.tile_lines(); i < codes.run_lines(); ++i) {
       prefetch_line(next + i);
     }
