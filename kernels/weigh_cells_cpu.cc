@@ -52,7 +52,7 @@ float largest_finite(const float* logits, std::size_t count) {
 
 /// exp(x) for x <= 0: 2^n times a polynomial of what is left of x, at most log(2) / 2 either way,
 /// where the series ends at the sixth power with an error of 2e-7. Highway's is good for every x
-/// and costs half as much again. Where 2^n would not be a normal number the result is zero.
+/// and takes more steps. Where 2^n would not be a normal number the result is zero.
 HWY_INLINE FloatVec exp_of_negative(FloatVec x) {
   const FloatTag d;
   const hn::RebindToSigned<FloatTag> di;
