@@ -32,16 +32,6 @@ struct Tile {
   std::uint32_t positions[kTile];  ///< Filled only when the task has query positions.
 };
 
-/// Starts the load of a line into the level-2 cache. That level keeps more loads in flight than
-/// level 1, which `hwy::Prefetch` asks for, and level 1 does not hold two tiles.
-HWY_INLINE void prefetch_line(const void* line) {
-#if HWY_COMPILER_GCC || HWY_COMPILER_CLANG
-  __builtin_prefetch(line, 0, 2);
-#else
-  hwy::Prefetch(line);
-#endif
-}
-
 HWY_INLINE void prefetch_row(const void* row, std::size_t bytes) {
   const auto* at = static_cast<const std::byte*>(row);
   for (std::size_t offset = 0; offset < bytes; offset += 64) prefetch_line(at + offset);

@@ -36,9 +36,10 @@ struct alignas(64) CodeLine {
 /// This is a layout for CPUs; a GPU wants its own, in the order of its matrix fragments.
 struct KeyCodes {
   std::uint32_t bits = 4;  ///< 4 or 2.
-  std::uint32_t dim = 0;   ///< A multiple of 8 up to 576.
+  std::uint32_t dim = 0;   ///< A multiple of 8 up to `kDimMax`.
   DType dtype = DType::kF16;
 
+  static constexpr std::uint32_t kDimMax = 576;
   static constexpr std::uint32_t kRunTokens = 64;
   static constexpr std::uint32_t kTileTokens = 16;
   static constexpr std::uint32_t kRunTiles = kRunTokens / kTileTokens;
@@ -73,13 +74,17 @@ struct CodedTask {
   std::uint32_t query_count = 0;
   float* logits = nullptr;       ///< [queries, 64 * run_count]
   std::size_t logit_stride = 0;  ///< Elements from one query's logits to the next's.
+  /// Whether the run behind these will be scored next, so that it is fetched in time.
+  bool goes_on = false;
 };
 
 /// logits[q][t] = cap(scale * dot(queries[q], key[t])) with the key that the codes stand for.
 /// Once per run the steps are folded into the query, f = q * s, which is rounded to 15 bits and a
 /// sign relative to the largest |f|; integers from there on. So besides float32 rounding a logit is
 /// off by at most  scale * dim * (2^bits - 1) * largest |f| / 2^14  before the cap (a power of two
-/// scales f, so integers stay integers). The same bits on every instruction set but for the fold.
+/// scales f, so integers stay integers): with 4 bits and a dim of 128 an eighth of the largest |f|,
+/// where the codes themselves put a logit off by up to half of every |f|.
+/// The same bits on every instruction set but for the fold.
 /// Serial: the caller splits. Allocates nothing.
 void score_codes(const SoftmaxOptions& softmax, const CodedTask& task);
 

@@ -28,9 +28,9 @@ constexpr std::size_t kSliceRows = 256;
 /// A row may hold three vectors of the largest head: a mean and the corners of a box.
 constexpr std::uint32_t kMaxScoreDim = 3 * 576;
 constexpr std::uint32_t kMaxScoreQueries = 128;
-/// Rows that are asked for ahead of those being scored: the hardware's own prefetching stops at
-/// page edges and follows no lists.
-constexpr std::size_t kAheadRows = 8;
+/// Bytes of rows that are asked for ahead of those being scored: the hardware's own prefetching
+/// stops at page edges and follows no lists.
+constexpr std::size_t kAheadBytes = 8192;
 constexpr std::size_t kCacheLineBytes = 64;
 
 /// Rows [first, first + count) of one task.
@@ -85,6 +85,7 @@ void dot_slice(const ScoreSlice& slice, QueryRows queries, float* logits) {
   const RowsView& rows = slice.task.rows;
   const std::size_t row_bytes = rows.dim * sizeof(T);
   const std::size_t stride = slice.task.logit_stride;
+  const std::size_t ahead_rows = std::max<std::size_t>(4, kAheadBytes / row_bytes / 4 * 4);
   float four[kRows * 4] = {};
   for (std::size_t r = 0; r < slice.count; r += 4) {
     const std::size_t take = std::min<std::size_t>(4, slice.count - r);
@@ -95,12 +96,12 @@ void dot_slice(const ScoreSlice& slice, QueryRows queries, float* logits) {
       const auto& listed = slice.task.listed;
       keys[i] = reinterpret_cast<const T*>(rows.row(listed.empty() ? row : listed[row]));
     }
-    const std::size_t ahead = std::min<std::size_t>(slice.count, r + kAheadRows + 4);
-    for (std::size_t i = r + kAheadRows; i < ahead; ++i) {
+    const std::size_t ahead = std::min<std::size_t>(slice.count, r + ahead_rows + 4);
+    for (std::size_t i = r + ahead_rows; i < ahead; ++i) {
       const std::size_t row = slice.first + i;
       const auto& listed = slice.task.listed;
       const std::byte* bytes = rows.row(listed.empty() ? row : listed[row]);
-      for (std::size_t at = 0; at < row_bytes; at += kCacheLineBytes) hwy::Prefetch(bytes + at);
+      for (std::size_t at = 0; at < row_bytes; at += kCacheLineBytes) prefetch_line(bytes + at);
     }
     // One call for both cases: every number of rows is compiled for every type.
     const bool ragged = take < 4;
@@ -218,23 +219,58 @@ float cosine_of(const RowsView& rows, const std::byte* row, const std::byte* mea
   return 0.0f;
 }
 
+/// The largest of a row that is not empty.
+float top_of_row(std::span<const float> row) {
+  const FloatTag d;
+  if (row.size() < kLanes) return *std::max_element(row.begin(), row.end());
+  // Four at a time: one maximum would wait for the other. The last vector overlaps.
+  FloatVec tops[4];
+  for (FloatVec& top : tops) top = hn::LoadU(d, row.data());
+  std::size_t i = 0;
+  for (; i + 4 * kLanes <= row.size(); i += 4 * kLanes) {
+    for (std::size_t k = 0; k < 4; ++k) {
+      tops[k] = hn::Max(tops[k], hn::LoadU(d, row.data() + i + k * kLanes));
+    }
+  }
+  for (; i < row.size(); i += kLanes) {
+    tops[0] = hn::Max(tops[0], hn::LoadU(d, row.data() + std::min(i, row.size() - kLanes)));
+  }
+  return hn::GetLane(
+      hn::MaxOfLanes(d, hn::Max(hn::Max(tops[0], tops[1]), hn::Max(tops[2], tops[3]))));
+}
+
 /// Weights in place and their sum; `logits` holds at least one finite number.
 double exp_row(std::span<float> logits, float top) {
   const FloatTag d;
   const FloatVec shift = hn::Set(d, top);
+  // A few hundred terms of one lane are exact enough in float32; a hundred thousand are not.
+  constexpr std::size_t kFloatTerms = 256 * kLanes;
   double sum = 0.0;
   std::size_t i = 0;
-  for (; i + kLanes <= logits.size(); i += kLanes) {
-    const FloatVec weight = hn::Exp(d, hn::Sub(hn::LoadU(d, logits.data() + i), shift));
-    hn::StoreU(weight, d, logits.data() + i);
-    // One vector's sum is exact enough in float32; a hundred thousand of them are not.
-    sum += double{hn::GetLane(hn::SumOfLanes(d, weight))};
+  while (i + kLanes <= logits.size()) {
+    const std::size_t end = std::min(logits.size(), i + kFloatTerms);
+    FloatVec weights = hn::Zero(d);
+    for (; i + kLanes <= end; i += kLanes) {
+      const FloatVec weight = hn::Exp(d, hn::Sub(hn::LoadU(d, logits.data() + i), shift));
+      hn::StoreU(weight, d, logits.data() + i);
+      weights = hn::Add(weights, weight);
+    }
+    sum += double{hn::GetLane(hn::SumOfLanes(d, weights))};
   }
   for (; i < logits.size(); ++i) {
     logits[i] = std::exp(logits[i] - top);
     sum += double{logits[i]};
   }
   return sum;
+}
+
+void multiply_row(std::span<float> row, float factor) {
+  const FloatTag d;
+  std::size_t i = 0;
+  for (; i + kLanes <= row.size(); i += kLanes) {
+    hn::StoreU(hn::Mul(hn::LoadU(d, row.data() + i), hn::Set(d, factor)), d, row.data() + i);
+  }
+  for (; i < row.size(); ++i) row[i] *= factor;
 }
 
 }  // namespace HWY_NAMESPACE
@@ -247,7 +283,9 @@ namespace kvtier {
 HWY_EXPORT(score_slice);
 HWY_EXPORT(mean_of_group);
 HWY_EXPORT(cosine_of);
+HWY_EXPORT(top_of_row);
 HWY_EXPORT(exp_row);
+HWY_EXPORT(multiply_row);
 
 namespace {
 
@@ -267,21 +305,6 @@ Status check_score_task(const ScoreTask& task) {
         fmt::format("scoring {} queries: expected up to {}", task.query_count, kMaxScoreQueries));
   }
   return {};
-}
-
-/// Sixteen at a time: compilers do not reorder the comparisons of one long chain.
-float largest_of(std::span<const float> values) {
-  constexpr std::size_t kAtOnce = 16;
-  float tops[kAtOnce];
-  std::fill_n(tops, kAtOnce, values[0]);
-  std::size_t i = 0;
-  for (; i + kAtOnce <= values.size(); i += kAtOnce) {
-    for (std::size_t k = 0; k < kAtOnce; ++k) {
-      tops[k] = tops[k] < values[i + k] ? values[i + k] : tops[k];
-    }
-  }
-  for (; i < values.size(); ++i) tops[0] = std::max(tops[0], values[i]);
-  return *std::max_element(tops, tops + kAtOnce);
 }
 
 std::size_t group_count(const RowsView& rows, std::uint32_t rows_per_group) {
@@ -326,15 +349,14 @@ Status score_rows(const SoftmaxOptions& softmax, const ScoreTask& task) {
 
 float softmax_row(std::span<float> logits) {
   if (logits.empty()) return kEmptyLse;
-  const float top = largest_of(logits);
+  const float top = HWY_DYNAMIC_DISPATCH(top_of_row)(logits);
   if (top == kEmptyLse) {
     // Every token is masked: no weights, rather than not-a-number.
     std::fill(logits.begin(), logits.end(), 0.0f);
     return kEmptyLse;
   }
   const double sum = HWY_DYNAMIC_DISPATCH(exp_row)(logits, top);
-  const auto share = static_cast<float>(1.0 / sum);
-  for (float& logit : logits) logit *= share;
+  HWY_DYNAMIC_DISPATCH(multiply_row)(logits, static_cast<float>(1.0 / sum));
   return static_cast<float>(double{top} + std::log(sum));
 }
 

@@ -7,6 +7,7 @@
 #define KVTIER_KERNELS_SIMD_ROWS_INL_H_
 #endif
 
+#include <hwy/cache_control.h>
 #include <hwy/highway.h>
 
 #include <cstddef>
@@ -39,6 +40,16 @@ inline constexpr std::size_t kRegisterRows = 3;
 #else
 inline constexpr std::size_t kRegisterRows = 1;
 #endif
+
+/// Starts the load of a line into the level-2 cache. That level keeps more loads in flight than
+/// level 1, which `hwy::Prefetch` asks for, and holds what is read a tile later.
+HWY_INLINE void prefetch_line(const void* line) {
+#if HWY_COMPILER_GCC || HWY_COMPILER_CLANG
+  __builtin_prefetch(line, 0, 2);
+#else
+  hwy::Prefetch(line);
+#endif
+}
 
 template <class D, typename T>
 HWY_INLINE hn::Vec<D> load_as_f32(D d, const T* HWY_RESTRICT from) {

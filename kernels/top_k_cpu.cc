@@ -16,30 +16,65 @@ std::uint32_t key_of(float score) {
   return (bits & 0x80000000u) ? ~bits : bits | 0x80000000u;
 }
 
-/// The k-th largest key and how many keys are larger, found digit by digit from the top:
-/// three counting passes, whatever the scores are.
-struct Cut {
-  std::uint32_t key = 0;
-  std::size_t larger = 0;
+/// Counts of keys by 11 bits of them, twice over: neighbours often have equal digits, and two
+/// counters do not wait for each other's stores.
+struct DigitCounts {
+  std::array<std::array<std::uint32_t, 2048>, 2> counts{};
+
+  void add(std::size_t i, std::uint32_t digit) { ++counts[i % 2][digit]; }
+  /// The digit of the k-th largest key; takes those of larger digits off `k`.
+  std::uint32_t digit_of(std::size_t& k) const {
+    std::uint32_t digit = 2047;
+    for (;; --digit) {
+      const std::size_t count = std::size_t{counts[0][digit]} + counts[1][digit];
+      if (count >= k) return digit;
+      k -= count;
+    }
+  }
 };
 
-Cut find_cut(std::span<const float> scores, std::size_t k) {
-  constexpr std::array<int, 3> kShifts = {21, 10, 0};
-  constexpr std::array<std::uint32_t, 3> kDigits = {2048, 2048, 1024};
-  Cut cut;
-  std::uint32_t prefix_mask = 0;
-  for (std::size_t pass = 0; pass < kShifts.size(); ++pass) {
-    std::array<std::uint32_t, 2048> counts{};
-    for (const float score : scores) {
-      const std::uint32_t key = key_of(score);
-      if ((key & prefix_mask) == cut.key) ++counts[(key >> kShifts[pass]) & (kDigits[pass] - 1)];
-    }
-    std::uint32_t digit = kDigits[pass] - 1;
-    while (cut.larger + counts[digit] < k) cut.larger += counts[digit--];
-    cut.key |= digit << kShifts[pass];
-    prefix_mask |= (kDigits[pass] - 1) << kShifts[pass];
+/// Places of the `k` largest scores to the start of `order`, in no order; of equal ones the first.
+///
+/// The first digit of the keys is counted over all scores. Those above the k-th largest's digit are
+/// in; those that share it, few of many, become candidates at the end of `order`, and only they are
+/// looked at again. Both together are never more than there are scores.
+void collect_largest(std::span<const float> scores, std::size_t k, std::span<std::uint32_t> order) {
+  const std::size_t n = scores.size();
+  DigitCounts first;
+  for (std::size_t i = 0; i < n; ++i) first.add(i, key_of(scores[i]) >> 21);
+  std::size_t left = k;
+  std::uint32_t digit = first.digit_of(left);
+  std::uint32_t cut = digit << 21;
+  std::size_t taken = 0;
+  std::size_t kept = 0;
+  for (std::size_t i = 0; i < n; ++i) {
+    const std::uint32_t key = key_of(scores[i]) >> 21;
+    // Without branches, which nobody could predict: a place that does not count is written again.
+    order[n - 1 - kept] = order[taken] = static_cast<std::uint32_t>(i);
+    kept += key == digit ? 1 : 0;
+    taken += key > digit ? 1 : 0;
   }
-  return cut;
+  const std::span candidates = order.subspan(n - kept, kept);
+  std::ranges::reverse(candidates);
+  for (const int shift : {10, 0}) {
+    // The last digit has a bit less; the one above it is the same in all that are counted.
+    const std::uint32_t above = ~0u << (shift + (shift > 0 ? 11 : 10));
+    DigitCounts counts;
+    for (std::size_t i = 0; i < kept; ++i) {
+      const std::uint32_t key = key_of(scores[candidates[i]]);
+      if ((key & above) == cut) counts.add(i, key >> shift & (~above >> shift));
+    }
+    digit = counts.digit_of(left);
+    cut |= digit << shift;
+  }
+  // In ascending order, and never written to before it is read.
+  for (std::size_t i = 0; i < kept; ++i) {
+    const std::uint32_t place = candidates[i];
+    const std::uint32_t key = key_of(scores[place]);
+    if (key < cut || (key == cut && left == 0)) continue;
+    if (key == cut) --left;
+    order[taken++] = place;
+  }
 }
 
 }  // namespace
@@ -54,15 +89,7 @@ std::span<std::uint32_t> top_k(std::span<const float> scores, std::size_t k,
   for (const float score : scores) numbers &= !std::isnan(score);
   KVTIER_CHECK(numbers, "a score is not a number");
 
-  const Cut cut = find_cut(scores, k);
-  std::size_t taken = 0;
-  std::size_t ties_left = k - cut.larger;
-  for (std::size_t i = 0; i < scores.size() && taken < k; ++i) {
-    const std::uint32_t key = key_of(scores[i]);
-    if (key < cut.key || (key == cut.key && ties_left == 0)) continue;
-    if (key == cut.key) --ties_left;
-    order[taken++] = static_cast<std::uint32_t>(i);
-  }
+  collect_largest(scores, k, order.first(scores.size()));
   std::sort(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(k),
             [scores](std::uint32_t a, std::uint32_t b) {
               return scores[a] > scores[b] || (scores[a] == scores[b] && a < b);

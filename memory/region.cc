@@ -194,4 +194,13 @@ void Region::release() noexcept {
   data_ = nullptr;
 }
 
+void advise_huge_pages(std::span<std::byte> bytes) {
+  const auto address = reinterpret_cast<std::uintptr_t>(bytes.data());
+  const std::size_t skip = (kHugePageBytes - address % kHugePageBytes) % kHugePageBytes;
+  if (bytes.size() < skip + kHugePageBytes) return;
+  const std::size_t whole = (bytes.size() - skip) / kHugePageBytes * kHugePageBytes;
+  // Refused, it is as slow as before.
+  static_cast<void>(madvise(bytes.data() + skip, whole, MADV_HUGEPAGE));
+}
+
 }  // namespace kvtier

@@ -63,4 +63,9 @@ class Region {
   RegionStats stats_;
 };
 
+/// Asks for huge pages for those that lie whole in `bytes`, memory of any owner; a system that has
+/// none is no error. Untouched memory stays untouched. For large tables that every step reads from
+/// end to end: with pages of 4 KiB they miss the address translation at every page.
+void advise_huge_pages(std::span<std::byte> bytes);
+
 }  // namespace kvtier

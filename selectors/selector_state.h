@@ -1,6 +1,7 @@
 #pragma once
 
 #include "memory/check.h"
+#include "memory/region.h"
 #include "memory/status.h"
 
 #include <fmt/format.h>
@@ -16,7 +17,8 @@
 namespace kvtier {
 
 /// A fixed number of plain elements, not initialised when made, copied with its owner: what
-/// selectors keep per token. Owner; allocates when made or copied.
+/// selectors keep per token. Owner; allocates when made or copied. Large ones ask for huge pages:
+/// memory is then taken 2 MiB at a time as it is first written.
 template <typename T>
 class FixedArray {
   static_assert(std::is_trivially_copyable_v<T>);
@@ -24,7 +26,11 @@ class FixedArray {
  public:
   FixedArray() = default;
   explicit FixedArray(std::size_t size)
-      : size_(size), elements_(std::make_unique_for_overwrite<T[]>(size)) {}
+      : size_(size), elements_(std::make_unique_for_overwrite<T[]>(size)) {
+    if (size * sizeof(T) >= kHugeArrayBytes) {
+      advise_huge_pages(std::as_writable_bytes(std::span(elements_.get(), size)));
+    }
+  }
   FixedArray(const FixedArray& other) : FixedArray(other.size_) {
     if (size_ > 0) std::memcpy(elements_.get(), other.elements_.get(), size_ * sizeof(T));
   }
@@ -43,6 +49,9 @@ class FixedArray {
   }
 
  private:
+  /// What a core's address translation covers in pages of 4 KiB, roughly (3072 of them on Zen 4).
+  static constexpr std::size_t kHugeArrayBytes = std::size_t{16} << 20;
+
   std::size_t size_ = 0;
   std::unique_ptr<T[]> elements_;
 };

@@ -1,7 +1,6 @@
 #include "selectors/token_scores.h"
 
-#include "kernels/score_rows.h"
-#include "kernels/weighted_rows.h"
+#include "kernels/weigh_cells.h"
 #include "selectors/rank_blocks.h"
 
 #include <fmt/format.h>
@@ -15,52 +14,6 @@ namespace {
 
 float sum_of(std::span<const float> values) {
   return std::accumulate(values.begin(), values.end(), 0.0f);
-}
-
-/// Sums of `kTokens` neighbours each, by halves: the additions of a sum do not wait in one queue.
-template <std::uint32_t kTokens>
-void add_whole_cells(const float* weights, std::size_t count, float* target) {
-  for (std::size_t i = 0; i < count; ++i, weights += kTokens) {
-    float sums[kTokens];
-    std::copy_n(weights, kTokens, sums);
-    for (std::uint32_t half = kTokens / 2; half > 0; half /= 2) {
-      for (std::uint32_t k = 0; k < half; ++k) sums[k] += sums[k + half];
-    }
-    target[i] = sums[0];
-  }
-}
-
-/// target[cell] = sum of its weights, for tokens from `begin` on; the first and the last cell may
-/// be cut.
-void add_cells(std::span<const float> weights, std::uint32_t begin, std::uint32_t cell_tokens,
-               float* target) {
-  const std::uint32_t cell = begin / cell_tokens;
-  const std::size_t before =
-      std::min<std::size_t>(weights.size(), (cell + 1) * cell_tokens - begin);
-  target[cell] = sum_of(weights.first(before));
-  const float* whole = weights.data() + before;
-  const std::size_t count = (weights.size() - before) / cell_tokens;
-  target += cell + 1;
-  switch (cell_tokens) {
-    case 1: std::copy_n(whole, count, target); break;
-    case 2: add_whole_cells<2>(whole, count, target); break;
-    case 4: add_whole_cells<4>(whole, count, target); break;
-    case 8: add_whole_cells<8>(whole, count, target); break;
-    default:
-      for (std::size_t i = 0; i < count; ++i) {
-        float sum = 0.0f;
-        for (std::uint32_t k = 0; k < cell_tokens; k += 8) {
-          float eight;
-          add_whole_cells<8>(whole + i * cell_tokens + k, 1, &eight);
-          sum += eight;
-        }
-        target[i] = sum;
-      }
-  }
-  const std::size_t after = before + count * cell_tokens;
-  if (after < weights.size()) {
-    target[count] = sum_of(weights.subspan(after));
-  }
 }
 
 }  // namespace
@@ -147,10 +100,14 @@ Status TokenScores::compute(const SelectRequest& request, const CodedKeys& keys,
   if (coarse == nullptr) KVTIER_RETURN_IF_ERROR(score_exact(request, keys, pool));
   slice_count_ = (visible_ + kSliceTokens - 1) / kSliceTokens;
   const std::uint32_t tasks = shape_.kv_heads * slice_count_;
-  Step step{request, keys, coarse};
+  Step step{request, keys, coarse, tasks};
   // Two pointers: small enough that std::function keeps them without allocating.
-  pool.run(tasks,
-           [this, &step](std::size_t i) { weigh_slice(step, static_cast<std::uint32_t>(i)); });
+  pool.run((tasks + kTaskSlices - 1) / kTaskSlices, [this, &step](std::size_t i) {
+    const std::uint32_t first = static_cast<std::uint32_t>(i) * kTaskSlices;
+    for (std::uint32_t task = first; task < std::min(first + kTaskSlices, step.tasks); ++task) {
+      weigh_slice(step, task);
+    }
+  });
   for (std::uint32_t i = 0; i < tasks; ++i) {
     if (task_finite_[i] != 0) continue;
     return invalid_argument(fmt::format("scores of KV head {} at position {} overflow float32",
@@ -206,7 +163,8 @@ void TokenScores::fill_logits(const Step& step, const Piece& piece) {
          .query_stride = shape_.head_dim,
          .query_count = piece.rows,
          .logits = piece.logits,
-         .logit_stride = kSliceTokens});
+         .logit_stride = kSliceTokens,
+         .goes_on = end_run < keys.runs()});
   }
   const std::uint32_t sinks_end = std::min(sink_count_, piece.end_token);
   const std::uint32_t open_first = std::max(open_first_, piece.first_token);
@@ -260,22 +218,24 @@ bool TokenScores::weigh_row(const Step& step, const Piece& piece, std::uint32_t 
     lse = kEmptyLse;
     return true;
   }
-  const std::span logits(piece.logits + r * kSliceTokens, sees - piece.first_token);
-  if (!all_finite(logits)) return false;
+  CellRow cells_of_row{.logits = piece.logits + r * kSliceTokens,
+                       .count = sees - piece.first_token,
+                       .cell_tokens = cell_tokens_,
+                       .cells = cells(piece.head, row) + piece.first_token / cell_tokens_};
   const std::uint32_t begin = std::max(piece.first_token, region_.begin);
   const std::uint32_t end = std::min(piece.end_token, region_.end);
+  if (begin < end) {
+    cells_of_row.begin = begin - piece.first_token;
+    cells_of_row.end = end - piece.first_token;
+  }
   if (shape_.reduction == GroupReduction::kMean) {
     float* sums = logits_.data() + piece.head * std::size_t{cells_max_};
     for (std::uint32_t t = begin; t < end; ++t) {
-      sums[t / cell_tokens_] += logits[t - piece.first_token];
+      sums[t / cell_tokens_] += cells_of_row.logits[t - piece.first_token];
     }
   }
-  lse = softmax_row(logits);
-  if (begin < end) {
-    add_cells(logits.subspan(begin - piece.first_token, end - begin), begin, cell_tokens_,
-              cells(piece.head, row));
-  }
-  return true;
+  lse = weigh_cells(cells_of_row);
+  return !std::isnan(lse);
 }
 
 /// From the slices' log-sum-exps to what their weights are multiplied with.
@@ -385,94 +345,6 @@ void TokenScores::mean_logits(std::uint32_t group, std::span<float> target) cons
     score = static_cast<float>(sum / logits);
     t = end;
   }
-}
-
-void TokenScores::mark_chosen(std::uint32_t group, const GroupSelection& selection) {
-  std::vector<std::uint8_t>& chosen = chosen_[group];
-  std::ranges::fill(chosen, std::uint8_t{0});
-  for (std::uint32_t i = 0; i < selection.chosen; ++i) {
-    const SelectedUnit& unit = selection.ranked[i];
-    const std::uint32_t begin = unit.block.value * shape_.tokens_per_block + unit.first_token;
-    const std::uint32_t end = begin + unit.tokens;
-    std::fill(chosen.begin() + begin / cell_tokens_,
-              chosen.begin() + ((end - 1) / cell_tokens_ + 1), std::uint8_t{1});
-  }
-}
-
-/// Sums the weights of cells that are not chosen per value group; returns their sum.
-double TokenScores::rest_of_row(std::uint32_t head, std::uint32_t row) {
-  const float* weights = cells(head, row);
-  const float* scales = slice_scales(head, row);
-  const std::vector<std::uint8_t>& chosen = chosen_[head / shape_.heads_per_group];
-  float* rest = rest_.data() + row_index(head, row) * groups_max_;
-  const std::uint32_t per_group = value_tokens_ / cell_tokens_;
-  const std::uint32_t end = (region_.end - 1) / cell_tokens_ + 1;
-  double sum = 0.0;
-  for (std::uint32_t cell = region_.begin / cell_tokens_; cell < end;) {
-    const std::uint32_t group = cell / per_group;
-    const std::uint32_t group_end = std::min(end, (group + 1) * per_group);
-    float of_group = 0.0f;
-    for (; cell < group_end; ++cell) of_group += chosen[cell] != 0 ? 0.0f : weights[cell];
-    of_group *= scales[group * value_tokens_ / kSliceTokens];
-    rest[group] = of_group;
-    sum += double{of_group};
-  }
-  return sum;
-}
-
-void TokenScores::estimate_head(const SelectRequest& request, const GroupRows& values,
-                                StatesView target, std::uint32_t head) {
-  const std::uint32_t first = region_.begin / value_tokens_;
-  const std::uint32_t count = (region_.end - 1) / value_tokens_ + 1 - first;
-  const std::uint32_t heads = shape_.queries_per_kv_head;
-  for (std::uint32_t q = 0; q < request.query_count; ++q) {
-    const std::size_t target_row =
-        std::size_t{q} * shape_.query_heads() + std::size_t{head} * heads;
-    for (std::uint32_t h = 0; h < heads; ++h) {
-      const std::uint32_t row = q * heads + h;
-      const double sum = rest_of_row(head, row);
-      const std::span rest(rest_.data() + row_index(head, row) * groups_max_ + first, count);
-      // Too little for float32 is nothing.
-      const float share = sum > 0.0 ? static_cast<float>(1.0 / sum) : 0.0f;
-      const bool empty = !(share > 0.0f && std::isfinite(share));
-      for (float& weight : rest) weight = empty ? 0.0f : weight * share;
-      target.lse[target_row + h] =
-          empty ? kEmptyLse
-                : static_cast<float>(double{lse_[row_index(head, row)]} + std::log(sum));
-    }
-    sum_weighted_rows({.rows = values.means(head, first, count),
-                       .weights = rest_.data() + row_index(head, q * heads) * groups_max_ + first,
-                       .weight_stride = groups_max_,
-                       .sums = heads,
-                       .target = target.out + target_row * shape_.value_dim,
-                       .target_stride = shape_.value_dim});
-  }
-}
-
-void TokenScores::estimate_rest(const SelectRequest& request,
-                                std::span<const GroupSelection> selection, GroupRows& values,
-                                StatesView target, WorkerPool& pool) {
-  const std::size_t rows = std::size_t{request.query_count} * shape_.query_heads();
-  const FarRegion region = FarRegion::of(shape_, request.first_position);
-  if (region.tokens() == 0) {
-    std::fill_n(target.out, rows * shape_.value_dim, 0.0f);
-    std::fill_n(target.lse, rows, kEmptyLse);
-    return;
-  }
-  KVTIER_CHECK(region.begin == region_.begin && region.end == region_.end &&
-                   rows_ == request.query_count * shape_.queries_per_kv_head,
-               "an estimate for the far tokens [{}, {}), scored were [{}, {})", region.begin,
-               region.end, region_.begin, region_.end);
-  values.record_open_group(region.end);
-  for (std::uint32_t i = 0; i < selection.size(); ++i) mark_chosen(i, selection[i]);
-  struct Job {
-    const SelectRequest& request;
-    const GroupRows& values;
-    StatesView target;
-  } job{request, values, target};
-  pool.run(shape_.kv_heads, [this, &job](std::size_t head) {
-    estimate_head(job.request, job.values, job.target, static_cast<std::uint32_t>(head));
-  });
 }
 
 }  // namespace kvtier

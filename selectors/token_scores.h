@@ -1,6 +1,7 @@
 #pragma once
 
 #include "kernels/merge_states.h"
+#include "kernels/weigh_cells.h"
 #include "selectors/coded_keys.h"
 #include "selectors/group_rows.h"
 #include "selectors/selector.h"
@@ -68,7 +69,9 @@ class TokenScores {
   Status score_exact(const SelectRequest& request, const CodedKeys& keys, WorkerPool& pool);
 
  private:
-  static constexpr std::uint32_t kSliceTokens = 1024;
+  static constexpr std::uint32_t kSliceTokens = kCellRowTokens;
+  /// Neighbouring slices that one worker weighs, so that the next one's codes are fetched by it.
+  static constexpr std::uint32_t kTaskSlices = 4;
   /// Queries whose logits of a slice lie on the stack together.
   static constexpr std::uint32_t kPieceRows = 8;
 
@@ -77,6 +80,7 @@ class TokenScores {
     const SelectRequest& request;
     const CodedKeys& keys;
     const CoarseTokens* coarse;
+    std::uint32_t tasks;  ///< Slices of all heads.
   };
   /// Some rows of one head in one slice.
   struct Piece {
