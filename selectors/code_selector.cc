@@ -1,7 +1,5 @@
 #include "selectors/code_selector.h"
 
-#include "selectors/families.h"
-
 namespace kvtier {
 
 Result<CodeSelector::Options> CodeSelector::Options::parse(const SelectorParameters& parameters,
@@ -17,7 +15,7 @@ Result<CodeSelector::Options> CodeSelector::Options::parse(const SelectorParamet
 }
 
 CodeSelector::CodeSelector(const SelectorShape& shape, const Options& options)
-    : shape_(shape),
+    : FarSelector(shape),
       keys_(shape, options.bits),
       scores_(shape, keys_.runs_max(), options.tail ? options.value_tokens : 0) {
   if (options.tail) {

@@ -1,8 +1,9 @@
 #pragma once
 
 #include "selectors/coded_keys.h"
+#include "selectors/families.h"
+#include "selectors/far_selector.h"
 #include "selectors/group_rows.h"
-#include "selectors/selector.h"
 #include "selectors/token_scores.h"
 
 #include <cstddef>
@@ -17,7 +18,7 @@ namespace kvtier {
 ///
 /// A cut within the window, or within the open run, is exact; a deeper one is made where a run
 /// begins (or a group of values, if that is larger).
-class CodeSelector : public Selector {
+class CodeSelector : public FarSelector {
  public:
   struct Options {
     /// Of a code. Four lose hardly anything against the keys themselves; two halve the bytes.
@@ -47,12 +48,11 @@ class CodeSelector : public Selector {
  protected:
   CodeSelector(const SelectorShape& shape, const Options& options);
 
-  const SelectorShape& shape() const { return shape_; }
+  std::uint32_t tokens_seen() const override { return keys_.tokens(); }
   const CodedKeys& keys() const { return keys_; }
   TokenScores& scores() { return scores_; }
 
  private:
-  SelectorShape shape_;
   CodedKeys keys_;
   std::optional<GroupRows> values_;
   TokenScores scores_;

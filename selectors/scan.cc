@@ -1,6 +1,5 @@
 #include "selectors/code_selector.h"
 #include "selectors/families.h"
-#include "selectors/rank_blocks.h"
 
 #include <memory>
 
@@ -19,16 +18,14 @@ class Scan final : public CodeSelector {
  public:
   Scan(const SelectorShape& shape, const Options& options) : CodeSelector(shape, options) {}
 
-  Status select(const SelectRequest& request, std::span<GroupSelection> selection,
-                WorkerPool& pool) override {
-    KVTIER_RETURN_IF_ERROR(check_request(shape(), request));
-    reserve_selection(shape(), selection);
-    if (FarRegion::of(shape(), request.first_position).tokens() == 0) return {};
-    KVTIER_RETURN_IF_ERROR(scores().compute(request, keys(), nullptr, pool));
-    return scores().rank(request, selection, pool);
-  }
-
   std::unique_ptr<Selector> fork() const override { return std::make_unique<Scan>(*this); }
+
+ private:
+  Status answer(const Question& question, std::span<GroupSelection> selection,
+                WorkerPool& pool) override {
+    KVTIER_RETURN_IF_ERROR(scores().compute(question.request, keys(), nullptr, pool));
+    return scores().rank(question.request, selection, pool);
+  }
 };
 
 }  // namespace

@@ -3,7 +3,6 @@
 #include "selectors/coarse_logits.h"
 #include "selectors/code_selector.h"
 #include "selectors/families.h"
-#include "selectors/rank_blocks.h"
 
 #include <fmt/format.h>
 
@@ -70,9 +69,6 @@ class TwoStage final : public CodeSelector {
     }
   }
 
-  Status select(const SelectRequest& request, std::span<GroupSelection> selection,
-                WorkerPool& pool) override;
-
   std::unique_ptr<Selector> fork() const override { return std::make_unique<TwoStage>(*this); }
   void save(StateWriter& writer) const override {
     CodeSelector::save(writer);
@@ -109,6 +105,8 @@ class TwoStage final : public CodeSelector {
     return last - std::min(first, last);
   }
 
+  Status answer(const Question& question, std::span<GroupSelection> selection,
+                WorkerPool& pool) override;
   void choose(const Step& step, std::uint32_t head_group);
   void keep_best(const Step& step, std::uint32_t head_group);
   void add_row(const Step& step, Choice& choice, std::uint32_t head, std::uint32_t row,
@@ -123,14 +121,10 @@ class TwoStage final : public CodeSelector {
   std::vector<Choice> choices_;
 };
 
-Status TwoStage::select(const SelectRequest& request, std::span<GroupSelection> selection,
+Status TwoStage::answer(const Question& question, std::span<GroupSelection> selection,
                         WorkerPool& pool) {
-  KVTIER_RETURN_IF_ERROR(check_request(shape(), request));
-  reserve_selection(shape(), selection);
-  Step step{.request = request, .region = FarRegion::of(shape(), request.first_position)};
-  KVTIER_CHECK(step.region.end <= keys().tokens(),
-               "tokens to {} are to be ranked, {} were appended", step.region.end, keys().tokens());
-  if (step.region.tokens() == 0) return {};
+  const SelectRequest& request = question.request;
+  Step step{.request = request, .region = question.region};
   step.visible = std::min(request.first_position + request.query_count, keys().tokens());
   step.groups = (step.visible - 1) / coarse_.group_tokens() + 1;
   KVTIER_RETURN_IF_ERROR(coarse_.compute(request, step.visible, pool));
