@@ -43,12 +43,37 @@ bool Sequence::State::may_estimate(LayerIndex layer) const {
 void Sequence::State::grow_rest(std::size_t rows) {
   const std::size_t values = rows * runtime.layout.value_dim();
   if (rest_lse.size() >= rows) return;
+  reserve_sample(rows);
   rest_out.resize(values);
   rest_lse.resize(rows);
   exact_out.resize(values);
   exact_lse.resize(rows);
   attended_out.resize(values);
   attended_lse.resize(rows);
+}
+
+// Room for the largest sample that a measurement of this sequence can plan, so that a context that
+// grows never makes a step ask for memory: less than twice `kMeasuredTokens` per head group, and
+// what one group leaves out before it is thinned.
+void Sequence::State::reserve_sample(std::size_t rows) {
+  const BlockLayout& layout = runtime.layout;
+  const std::uint32_t per_block = layout.tokens_per_block();
+  // A group's ends, and those of sinks and window, may cut a block each.
+  constexpr std::size_t kCutBlocks = 8;
+  const std::size_t groups = layout.head_groups();
+  const std::size_t sample = groups * (2 * kMeasuredTokens / per_block + kCutBlocks);
+  work.reserve(sample + runtime.options.tokens_max / per_block + kCutBlocks);
+  work_missing.reserve(sample);
+  ranges.reserve(sample);
+  const std::size_t pieces =
+      groups + (runtime.options.deterministic ? sample / runtime.blocks_per_chunk() + groups : 0);
+  tasks.reserve(pieces);
+  task_groups.reserve(pieces);
+  partial_lse.reserve(pieces * rows / groups);
+  partial_out.reserve(pieces * rows / groups * layout.value_dim());
+  stands_for_log.reserve(groups);
+  error_without.reserve(runtime.options.query_heads);
+  error_with.reserve(runtime.options.query_heads);
 }
 
 // `request.out` and `request.lse` hold attention over what was chosen. Afterwards they hold the

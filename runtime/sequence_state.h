@@ -227,6 +227,7 @@ struct Sequence::State {
   // rest.cc
   bool may_estimate(LayerIndex layer) const;
   void grow_rest(std::size_t rows);
+  void reserve_sample(std::size_t rows);
   Status add_rest(const StepRequest& request, const SelectRequest& question);
   bool attends_everything() const;
   StatesView attended_states();

@@ -2,8 +2,7 @@
 #include "memory/dtype.h"
 #include "selectors/digest_selector.h"
 #include "selectors/families.h"
-
-#include <fmt/format.h>
+#include "selectors/key_frame.h"
 
 #include <algorithm>
 #include <cmath>
@@ -12,50 +11,6 @@
 
 namespace kvtier {
 namespace {
-
-/// Angles of the rotary embedding, half-split: pair (i, i + rotated / 2).
-class Rotation {
- public:
-  Rotation(const RopeOptions& rope, std::uint32_t head_dim)
-      : half_((rope.rotated_dims == 0 ? head_dim : rope.rotated_dims) / 2),
-        frequencies_(half_),
-        cosines_(half_),
-        sines_(half_) {
-    for (std::uint32_t i = 0; i < half_; ++i) {
-      frequencies_[i] = std::pow(rope.theta, -static_cast<double>(i) / half_);
-    }
-  }
-
-  /// Takes the rotation of `position` out of a row. Angles are computed in float64.
-  void undo(std::uint32_t position, float* row) {
-    set(position);
-    for (std::uint32_t i = 0; i < half_; ++i) {
-      const float low = row[i];
-      const float high = row[i + half_];
-      row[i] = low * cosines_[i] + high * sines_[i];
-      row[i + half_] = high * cosines_[i] - low * sines_[i];
-    }
-  }
-
- private:
-  void set(std::uint32_t position) {
-    if (position == position_ && ready_) return;
-    for (std::uint32_t i = 0; i < half_; ++i) {
-      const double angle = position * frequencies_[i];
-      cosines_[i] = static_cast<float>(std::cos(angle));
-      sines_[i] = static_cast<float>(std::sin(angle));
-    }
-    position_ = position;
-    ready_ = true;
-  }
-
-  std::uint32_t half_;
-  std::uint32_t position_ = 0;
-  bool ready_ = false;
-  std::vector<double> frequencies_;
-  std::vector<float> cosines_;
-  std::vector<float> sines_;
-};
 
 /// Chunk summaries (LongHeads, 2402.10685): o is the mean, over a chunk's tokens, of their
 /// attention outputs within the chunk, and the summary is the attention of o over the chunk's keys,
@@ -75,7 +30,7 @@ class ChunkSummaryDigest final : public GroupDigest {
         scale_(shape.softmax.scale),
         dtype_(shape.dtype),
         unrotated_(unrotated),
-        rotation_(unrotated ? shape.rope : RopeOptions{1.0, 0}, shape.head_dim),
+        turn_(unrotated ? shape.rope : RopeOptions{1.0, 0}, shape.head_dim),
         keys_(std::size_t{chunk_tokens} * shape.head_dim),
         logits_(std::size_t{kQueriesAtOnce} * chunk_tokens),
         weights_(chunk_tokens),
@@ -87,7 +42,7 @@ class ChunkSummaryDigest final : public GroupDigest {
     for (std::size_t t = 0; t < keys.rows; ++t) {
       float* key = keys_.data() + t * dim_;
       for (std::uint32_t e = 0; e < dim_; ++e) key[e] = load_element(keys.row(t), keys.dtype, e);
-      if (unrotated_) rotation_.undo(position + static_cast<std::uint32_t>(t), key);
+      if (unrotated_) turn_back(position + static_cast<std::uint32_t>(t), key);
     }
     weigh_by_all(keys.rows);
     average(keys.rows);
@@ -101,7 +56,7 @@ class ChunkSummaryDigest final : public GroupDigest {
   void write_question(std::span<const float> query, std::uint32_t position,
                       float* question) override {
     std::ranges::copy(query, question);
-    if (unrotated_) rotation_.undo(position, question);
+    if (unrotated_) turn_back(position, question);
   }
 
   std::unique_ptr<GroupDigest> clone() const override {
@@ -110,6 +65,12 @@ class ChunkSummaryDigest final : public GroupDigest {
 
  private:
   static constexpr std::uint32_t kQueriesAtOnce = 128;
+
+  /// Takes the rotation of `position` out of a row.
+  void turn_back(std::uint32_t position, float* row) {
+    turn_.set(-static_cast<double>(position));
+    turn_.apply(row);
+  }
 
   /// Logits of some of the keys, or of o, against all keys of the chunk.
   void score(std::size_t tokens, const float* queries, std::uint32_t count) {
@@ -153,21 +114,12 @@ class ChunkSummaryDigest final : public GroupDigest {
   float scale_;
   DType dtype_;
   bool unrotated_;
-  Rotation rotation_;
+  RopeTurn turn_;
   std::vector<float> keys_;     ///< [chunk tokens, head_dim]
   std::vector<float> logits_;   ///< [kQueriesAtOnce, chunk tokens]
   std::vector<float> weights_;  ///< [chunk tokens]
   std::vector<float> output_;   ///< [head_dim]
 };
-
-Status check_rope(const SelectorShape& shape) {
-  const RopeOptions& rope = shape.rope;
-  if (rope.known() && rope.rotated_dims % 2 == 0 && rope.rotated_dims <= shape.head_dim) return {};
-  return invalid_argument(
-      fmt::format("chunk-summary: keys cannot be un-rotated with rope theta {} over {} of {} "
-                  "elements",
-                  rope.theta, rope.rotated_dims, shape.head_dim));
-}
 
 }  // namespace
 
@@ -192,7 +144,7 @@ const SelectorFamily& chunk_summary_family() {
         factory.needs.rope = unrotated;
         factory.make = [tokens, unrotated](const SelectorShape& shape,
                                            LayerIndex) -> Result<std::unique_ptr<Selector>> {
-          if (unrotated) KVTIER_RETURN_IF_ERROR(check_rope(shape));
+          if (unrotated) KVTIER_RETURN_IF_ERROR(KeyFrame::check(shape, "chunk-summary"));
           return make_digest_selector(
               shape, tokens, std::make_unique<ChunkSummaryDigest>(shape, tokens, unrotated));
         };

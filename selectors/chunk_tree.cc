@@ -47,7 +47,7 @@ class ChunkTree final : public Selector {
       : shape_(shape),
         tree_(shape, options.leaf_tokens),
         options_(options.search),
-        remembered_(shape.head_groups(), QuestionHistory<Frontier>(Frontier())),
+        remembered_(shape.head_groups(), QuestionHistory<Frontier>(kQuestionVersions, {})),
         status_(shape.head_groups()) {
     reserve();
   }
@@ -55,7 +55,7 @@ class ChunkTree final : public Selector {
   void append(const NewTokens& tokens) override { tree_.append(tokens); }
   void truncate(std::uint32_t position) override {
     tree_.truncate(position);
-    for (auto& history : remembered_) history.truncate(position);
+    for (auto& history : remembered_) history.drop_from(position);
   }
   std::uint32_t truncate_floor(std::uint32_t position) const override {
     return tree_.truncate_floor(position);
@@ -66,7 +66,7 @@ class ChunkTree final : public Selector {
     KVTIER_RETURN_IF_ERROR(hint(request, selection, pool));
     if (FarRegion::of(shape_, request.first_position).tokens() == 0) return {};
     for (std::size_t i = 0; i < remembered_.size(); ++i) {
-      remembered_[i].add(request.first_position, searches_[i].frontier());
+      remembered_[i].add(request.first_position) = searches_[i].frontier();
     }
     return {};
   }

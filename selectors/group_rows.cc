@@ -1,5 +1,6 @@
 #include "selectors/group_rows.h"
 
+#include "kernels/score_bounds.h"
 #include "kernels/score_rows.h"
 
 #include <algorithm>
@@ -18,9 +19,7 @@ GroupRows::GroupRows(const SelectorShape& shape, Options options)
                .keep_tokens = shape.window,
                .tokens_max = shape.tokens_max}),
       means_(mean_offset(shape.kv_heads, 0)),
-      boxes_(options.boxes ? 2 * mean_offset(shape.kv_heads, 0) : 0),
-      largest_(recent_.format().dim),
-      smallest_(recent_.format().dim) {}
+      boxes_(options.boxes ? 2 * mean_offset(shape.kv_heads, 0) : 0) {}
 
 void GroupRows::append(const NewTokens& tokens) {
   recent_.append(
@@ -44,21 +43,7 @@ void GroupRows::record(std::uint32_t group, std::uint32_t end) {
       continue;
     }
     mean_rows(rows, options_.group_tokens, mean);
-    if (box != nullptr) record_box(rows, box);
-  }
-}
-
-void GroupRows::record_box(const RowsView& rows, std::byte* target) {
-  for (std::size_t r = 0; r < rows.rows; ++r) {
-    for (std::uint32_t i = 0; i < rows.dim; ++i) {
-      const float element = load_element(rows.row(r), rows.dtype, i);
-      largest_[i] = r == 0 || largest_[i] < element ? element : largest_[i];
-      smallest_[i] = r == 0 || smallest_[i] > element ? element : smallest_[i];
-    }
-  }
-  for (std::uint32_t i = 0; i < rows.dim; ++i) {
-    store_element(target, rows.dtype, i, largest_[i]);
-    store_element(target, rows.dtype, rows.dim + i, smallest_[i]);
+    if (box != nullptr) box_rows(rows, options_.group_tokens, box);
   }
 }
 

@@ -6,7 +6,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <vector>
 
 namespace kvtier {
 
@@ -50,7 +49,6 @@ class GroupRows {
 
  private:
   void record(std::uint32_t group, std::uint32_t end);
-  void record_box(const RowsView& rows, std::byte* target);
   std::size_t mean_offset(std::uint32_t head, std::uint32_t group) const {
     return (std::size_t{head} * groups_max_ + group) * recent_.row_bytes();
   }
@@ -61,8 +59,6 @@ class GroupRows {
   RecentRows recent_;
   FixedArray<std::byte> means_;  ///< [KV heads, groups_max, dim]
   FixedArray<std::byte> boxes_;  ///< [KV heads, groups_max, 2, dim], or empty.
-  std::vector<float> largest_;   ///< Scratch of `record_box`.
-  std::vector<float> smallest_;
 };
 
 }  // namespace kvtier

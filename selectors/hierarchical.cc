@@ -46,7 +46,7 @@ class Hierarchical final : public Selector {
         views_(shape.kv_heads) {
     make_groups();
     for (std::uint32_t i = 0; i < shape.head_groups(); ++i) {
-      remembered_.emplace_back(groups_[i].search.blank());
+      remembered_.emplace_back(kQuestionVersions, groups_[i].search.blank());
     }
     reserve();
   }
@@ -63,7 +63,7 @@ class Hierarchical final : public Selector {
   }
   void truncate(std::uint32_t position) override {
     tokens_.truncate(position);
-    for (auto& history : remembered_) history.truncate(position);
+    for (auto& history : remembered_) history.drop_from(position);
   }
 
   Status select(const SelectRequest& request, std::span<GroupSelection> selection,
@@ -71,7 +71,7 @@ class Hierarchical final : public Selector {
     KVTIER_RETURN_IF_ERROR(hint(request, selection, pool));
     if (FarRegion::of(shape_, request.first_position).tokens() == 0) return {};
     for (std::size_t i = 0; i < groups_.size(); ++i) {
-      if (groups_[i].changed) remembered_[i].add(request.first_position, groups_[i].results);
+      if (groups_[i].changed) remembered_[i].add(request.first_position) = groups_[i].results;
     }
     return {};
   }

@@ -1,7 +1,7 @@
 #include "kernels/int4_rows.h"
 #include "memory/dtype.h"
 #include "selectors/families.h"
-#include "selectors/rank_blocks.h"
+#include "selectors/far_selector.h"
 #include "selectors/seen_tokens.h"
 #include "selectors/token_votes.h"
 
@@ -38,10 +38,10 @@ struct Int4Options {
 /// The relative threshold compares a token's weight with those of sinks and window, as SALE does;
 /// SALE computes these exactly, here they are read from codes like all others. What passes is
 /// capped by the budget, best first. `kMean` has no weights and knows no threshold.
-class Int4Keys final : public Selector, private TokenLogits {
+class Int4Keys final : public FarSelector, private TokenLogits {
  public:
   Int4Keys(const SelectorShape& shape, Int4Options options)
-      : shape_(shape),
+      : FarSelector(shape),
         threshold_(shape.reduction == GroupReduction::kMean
                        ? 0.0f
                        : static_cast<float>(options.threshold)),
@@ -61,14 +61,14 @@ class Int4Keys final : public Selector, private TokenLogits {
     tokens_.append(tokens);
     provisional_ = 0;
     for (std::uint32_t t = before; t < std::min(tokens_.count(), first_tokens_); ++t) {
-      for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
+      for (std::uint32_t head = 0; head < shape().kv_heads; ++head) {
         std::memcpy(first_key(head, t), source(tokens, head, t), row_bytes_);
       }
     }
     if (tokens_.count() < first_tokens_) return;
     if (before < first_tokens_) code_first();
     for (std::uint32_t t = std::max(before, first_tokens_); t < tokens_.count(); ++t) {
-      for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
+      for (std::uint32_t head = 0; head < shape().kv_heads; ++head) {
         code(head, t, source(tokens, head, t));
       }
     }
@@ -79,29 +79,11 @@ class Int4Keys final : public Selector, private TokenLogits {
     provisional_ = 0;
   }
 
-  Status select(const SelectRequest& request, std::span<GroupSelection> selection,
-                WorkerPool& pool) override {
-    KVTIER_RETURN_IF_ERROR(check_request(shape_, request));
-    reserve_selection(shape_, selection);
-    const FarRegion region = FarRegion::of(shape_, request.first_position);
-    tokens_.check_covers(region);
-    if (region.tokens() == 0) return {};
-    if (tokens_.count() < first_tokens_ && provisional_ != tokens_.count()) {
-      code_first();
-      provisional_ = tokens_.count();
-    }
-    KVTIER_RETURN_IF_ERROR(votes_.count(request, tokens_.count(),
-                                        {.everyone = true, .threshold = threshold_}, *this, "int4",
-                                        pool));
-    votes_.rank(request, threshold_, selection, pool);
-    return {};
-  }
-
   std::unique_ptr<Selector> fork() const override { return std::make_unique<Int4Keys>(*this); }
 
   void save(StateWriter& writer) const override {
     tokens_.save(writer);
-    for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
+    for (std::uint32_t head = 0; head < shape().kv_heads; ++head) {
       writer.put_array(first_keys_.part(std::size_t{head} * first_tokens_ * row_bytes_,
                                         first_count() * row_bytes_));
       writer.put_array(words_.part(row(head, 0) * row_words_, coded() * row_words_));
@@ -111,7 +93,7 @@ class Int4Keys final : public Selector, private TokenLogits {
 
   Status restore(StateReader& reader) override {
     KVTIER_RETURN_IF_ERROR(tokens_.restore(reader));
-    for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
+    for (std::uint32_t head = 0; head < shape().kv_heads; ++head) {
       KVTIER_RETURN_IF_ERROR(reader.get_exactly(first_keys_.part(
           std::size_t{head} * first_tokens_ * row_bytes_, first_count() * row_bytes_)));
       KVTIER_RETURN_IF_ERROR(
@@ -124,16 +106,30 @@ class Int4Keys final : public Selector, private TokenLogits {
 
   /// Codes and scales of the tokens, the means, and the first keys.
   std::size_t metadata_bytes() const override {
-    return std::size_t{shape_.kv_heads} *
+    return std::size_t{shape().kv_heads} *
            (tokens_.count() * (row_words_ + 1) * sizeof(std::uint16_t) +
-            shape_.head_dim * sizeof(float) + first_count() * row_bytes_);
+            shape().head_dim * sizeof(float) + first_count() * row_bytes_);
   }
 
  private:
+  std::uint32_t tokens_seen() const override { return tokens_.count(); }
+  Status answer(const Question& question, std::span<GroupSelection> selection,
+                WorkerPool& pool) override {
+    if (tokens_.count() < first_tokens_ && provisional_ != tokens_.count()) {
+      code_first();
+      provisional_ = tokens_.count();
+    }
+    KVTIER_RETURN_IF_ERROR(votes_.count(question.request, tokens_.count(),
+                                        {.everyone = true, .threshold = threshold_}, *this, "int4",
+                                        pool));
+    votes_.rank(question.request, threshold_, selection, pool);
+    return {};
+  }
+
   static constexpr std::uint32_t kMeanTokens = 256;
 
   std::size_t row(std::uint32_t head, std::uint32_t token) const {
-    return std::size_t{head} * shape_.tokens_max + token;
+    return std::size_t{head} * shape().tokens_max + token;
   }
   std::byte* first_key(std::uint32_t head, std::uint32_t token) {
     return first_keys_.data() + (std::size_t{head} * first_tokens_ + token) * row_bytes_;
@@ -150,28 +146,28 @@ class Int4Keys final : public Selector, private TokenLogits {
   void average() {
     std::ranges::fill(means_, 0.0f);
     const std::uint32_t count = first_count();
-    if (count <= shape_.sinks) return;
-    const float share = 1.0f / static_cast<float>(count - shape_.sinks);
-    for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
-      float* mean = means_.data() + std::size_t{head} * shape_.head_dim;
-      for (std::uint32_t t = shape_.sinks; t < count; ++t) {
+    if (count <= shape().sinks) return;
+    const float share = 1.0f / static_cast<float>(count - shape().sinks);
+    for (std::uint32_t head = 0; head < shape().kv_heads; ++head) {
+      float* mean = means_.data() + std::size_t{head} * shape().head_dim;
+      for (std::uint32_t t = shape().sinks; t < count; ++t) {
         const std::byte* key = first_key(head, t);
-        for (std::uint32_t i = 0; i < shape_.head_dim; ++i) {
-          mean[i] += load_element(key, shape_.dtype, i) * share;
+        for (std::uint32_t i = 0; i < shape().head_dim; ++i) {
+          mean[i] += load_element(key, shape().dtype, i) * share;
         }
       }
     }
   }
   void code_first() {
     average();
-    for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
+    for (std::uint32_t head = 0; head < shape().kv_heads; ++head) {
       for (std::uint32_t t = 0; t < first_count(); ++t) code(head, t, first_key(head, t));
     }
   }
   void code(std::uint32_t head, std::uint32_t token, const std::byte* key) {
-    const float* mean = means_.data() + std::size_t{head} * shape_.head_dim;
-    for (std::uint32_t i = 0; i < shape_.head_dim; ++i) {
-      row_[i] = load_element(key, shape_.dtype, i) - mean[i];
+    const float* mean = means_.data() + std::size_t{head} * shape().head_dim;
+    for (std::uint32_t i = 0; i < shape().head_dim; ++i) {
+      row_[i] = load_element(key, shape().dtype, i) - mean[i];
     }
     quantise_int4(row_, words_.data() + row(head, token) * row_words_, scales_[row(head, token)]);
   }
@@ -179,25 +175,24 @@ class Int4Keys final : public Selector, private TokenLogits {
   Status compute(std::uint32_t kv_head, const float* queries, std::uint32_t rows,
                  std::uint32_t tokens, float* target, std::size_t stride,
                  WorkerPool& pool) override {
-    const float* mean = means_.data() + std::size_t{kv_head} * shape_.head_dim;
+    const float* mean = means_.data() + std::size_t{kv_head} * shape().head_dim;
     for (std::uint32_t r = 0; r < rows; ++r) {
       offsets_[r] = 0.0f;
-      for (std::uint32_t i = 0; i < shape_.head_dim; ++i) {
-        offsets_[r] += queries[std::size_t{r} * shape_.head_dim + i] * mean[i];
+      for (std::uint32_t i = 0; i < shape().head_dim; ++i) {
+        offsets_[r] += queries[std::size_t{r} * shape().head_dim + i] * mean[i];
       }
     }
     const Int4Task task{.rows = {words_.data() + row(kv_head, 0) * row_words_,
-                                 scales_.data() + row(kv_head, 0), tokens, shape_.head_dim},
+                                 scales_.data() + row(kv_head, 0), tokens, shape().head_dim},
                         .queries = queries,
-                        .query_stride = shape_.head_dim,
+                        .query_stride = shape().head_dim,
                         .query_count = rows,
                         .offsets = offsets_,
                         .logits = target,
                         .logit_stride = stride};
-    return score_int4(shape_.softmax, std::span(&task, 1), pool);
+    return score_int4(shape().softmax, std::span(&task, 1), pool);
   }
 
-  SelectorShape shape_;
   float threshold_;
   SeenTokens tokens_;
   std::size_t row_bytes_;

@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <string_view>
 #include <vector>
 
@@ -41,6 +42,9 @@ class RopeTurn {
 
   /// The turn that `apply` makes: as RoPE turns a row that moves by so many positions.
   void set(double positions) {
+    // Heads are turned one after the other by the same; angles cost more than the turn.
+    if (positions == positions_) return;
+    positions_ = positions;
     for (std::uint32_t i = 0; i < half_; ++i) {
       const double angle = positions * frequencies_[i];
       cosines_[i] = static_cast<float>(std::cos(angle));
@@ -58,6 +62,7 @@ class RopeTurn {
 
  private:
   std::uint32_t half_;
+  double positions_ = std::numeric_limits<double>::quiet_NaN();  ///< Of the last `set`.
   std::vector<double> frequencies_;
   std::vector<float> cosines_;
   std::vector<float> sines_;

@@ -1,7 +1,7 @@
 #pragma once
 
 #include "kernels/kv_view.h"
-#include "selectors/seen_tokens.h"
+#include "selectors/recent_rows.h"
 #include "selectors/selector.h"
 
 #include <algorithm>
@@ -11,70 +11,68 @@
 namespace kvtier {
 
 /// The newest keys of one layer as they came, for selectors that condense every `group_tokens`
-/// consecutive tokens into something that cannot give a token back. They make cuts within the
-/// window exact, and a group's keys are here when it closes.
+/// consecutive tokens into something that cannot give a token back: `RecentRows` of the keys, seen
+/// without the sinks, which are always attended and unlike all other keys.
 ///
-/// Group i holds tokens [i * group_tokens, (i+1) * group_tokens) without the sinks, which are
-/// always attended and unlike all other keys. Kept are at least the window and the open group. What
-/// is kept, and when a group closes, is a function of the tokens alone, however they were chunked.
-///
-/// Everything is allocated when made. One thread at a time.
+/// What is kept, and when a group closes, is a function of the tokens alone, however they were
+/// chunked. Everything is allocated when made. One thread at a time.
 class RecentKeys {
  public:
-  RecentKeys(const SelectorShape& shape, std::uint32_t group_tokens);
+  RecentKeys(const SelectorShape& shape, std::uint32_t group_tokens)
+      : sinks_(shape.sinks),
+        groups_max_(shape.tokens_max / group_tokens + 1),
+        rows_({.heads = shape.kv_heads,
+               .dim = shape.head_dim,
+               .dtype = shape.dtype,
+               .group_tokens = group_tokens,
+               .keep_tokens = shape.window,
+               .tokens_max = shape.tokens_max}) {}
 
   /// `close(group)` is called for each group that these tokens complete, in order, while its keys
-  /// are here; `closed()` does not count it yet.
+  /// are here.
   template <typename Close>
   void append(const NewTokens& tokens, const Close& close) {
-    tokens_.append(tokens);
-    const std::uint32_t end = tokens_.count();
-    // In pieces that end where a group does.
-    for (std::uint32_t t = tokens.first_position; t < end;) {
-      const std::uint32_t piece = std::min(end, (closed_ + 1) * group_tokens_) - t;
-      keep(tokens, t, piece);
-      t += piece;
-      if (t < (closed_ + 1) * group_tokens_) continue;
-      close(closed_);
-      ++closed_;
-    }
+    rows_.append(NewRows::keys(tokens), close);
   }
-  void truncate(std::uint32_t position);
-  std::uint32_t truncate_floor(std::uint32_t position) const;
-  void save(StateWriter& writer) const;
-  Status restore(StateReader& reader);
+  void truncate(std::uint32_t position) { rows_.truncate(position); }
+  std::uint32_t truncate_floor(std::uint32_t position) const {
+    return rows_.truncate_floor(position);
+  }
+  void save(StateWriter& writer) const { rows_.save(writer); }
+  Status restore(StateReader& reader) { return rows_.restore(reader); }
 
-  std::uint32_t group_tokens() const { return group_tokens_; }
-  std::uint32_t tokens() const { return tokens_.count(); }
+  std::uint32_t group_tokens() const { return rows_.format().group_tokens; }
+  std::uint32_t tokens() const { return rows_.tokens(); }
   /// Groups that are complete.
-  std::uint32_t closed() const { return closed_; }
+  std::uint32_t closed() const { return rows_.closed(); }
   /// Most groups there can be, the open one included.
   std::uint32_t groups_max() const { return groups_max_; }
 
   /// First token of a group that is not a sink; the group's end if all are.
-  std::uint32_t first_token(std::uint32_t group) const;
+  std::uint32_t first_token(std::uint32_t group) const {
+    const std::uint32_t begin = group * group_tokens();
+    return std::max(begin, std::min(sinks_, begin + group_tokens()));
+  }
   /// Tokens of a group without sinks; the open group counts what it has.
-  std::uint32_t tokens_in(std::uint32_t group) const;
+  std::uint32_t tokens_in(std::uint32_t group) const {
+    return end(group) - std::min(end(group), first_token(group));
+  }
   /// Keys of those tokens, for a group whose keys are still kept: the one that closes, the open
   /// one.
-  RowsView keys_of(std::uint32_t head, std::uint32_t group) const;
+  RowsView keys_of(std::uint32_t head, std::uint32_t group) const {
+    return rows_.rows(head, first_token(group), end(group));
+  }
 
-  std::size_t metadata_bytes() const { return recent_.size(); }
+  std::size_t metadata_bytes() const { return rows_.metadata_bytes(); }
 
  private:
-  void keep(const NewTokens& tokens, std::uint32_t from, std::uint32_t count);
-  void drop_oldest();
+  std::uint32_t end(std::uint32_t group) const {
+    return std::min((group + 1) * group_tokens(), tokens());
+  }
 
-  SelectorShape shape_;
-  std::uint32_t group_tokens_;
+  std::uint32_t sinks_;
   std::uint32_t groups_max_;
-  std::size_t row_bytes_;
-  SeenTokens tokens_;
-  std::uint32_t closed_ = 0;
-  std::uint32_t keep_;  ///< Tokens before the open group that `drop_oldest` leaves.
-  std::uint32_t capacity_;
-  std::uint32_t begin_ = 0;       ///< First token kept; a multiple of `group_tokens`.
-  FixedArray<std::byte> recent_;  ///< [KV heads, capacity, head_dim]
+  RecentRows rows_;
 };
 
 }  // namespace kvtier

@@ -1,8 +1,8 @@
 #include "kernels/score_rows.h"
 #include "selectors/families.h"
+#include "selectors/far_selector.h"
 #include "selectors/key_frame.h"
 #include "selectors/question_log.h"
-#include "selectors/rank_blocks.h"
 #include "selectors/seen_tokens.h"
 #include "selectors/token_votes.h"
 
@@ -44,10 +44,10 @@ constexpr std::uint32_t kSoftVoteRefreshes = 9;
 ///
 /// Keeps every key: it saves no memory, its worth is the reuse. What is remembered of questions is
 /// the query of each of the last refreshes; votes are counted again from it after a cut.
-class SoftVote final : public Selector, private TokenLogits {
+class SoftVote final : public FarSelector, private TokenLogits {
  public:
   SoftVote(const SelectorShape& shape, SoftVoteOptions options)
-      : shape_(shape),
+      : FarSelector(shape),
         voting_shape_(shape),
         options_(options),
         tokens_(shape.tokens_max),
@@ -65,7 +65,7 @@ class SoftVote final : public Selector, private TokenLogits {
   void append(const NewTokens& tokens) override {
     tokens_.append(tokens);
     frame_.feed(tokens, [this](const NewTokens& piece) {
-      for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
+      for (std::uint32_t head = 0; head < shape().kv_heads; ++head) {
         std::byte* target = keys_.data() + key_offset(head, piece.first_position);
         const std::byte* source = piece.keys + head * piece.key_head_stride;
         for (std::uint32_t t = 0; t < piece.tokens; ++t) {
@@ -80,29 +80,18 @@ class SoftVote final : public Selector, private TokenLogits {
     forget_from(position);
   }
 
-  Status select(const SelectRequest& request, std::span<GroupSelection> selection,
-                WorkerPool& pool) override {
-    return answer(request, selection, pool, true);
-  }
-  /// Uses the cached votes if the guess is near enough; else they are counted for it, and again at
-  /// the next step.
-  Status hint(const SelectRequest& request, std::span<GroupSelection> selection,
-              WorkerPool& pool) override {
-    return answer(request, selection, pool, false);
-  }
-
   std::unique_ptr<Selector> fork() const override { return std::make_unique<SoftVote>(*this); }
 
   void save(StateWriter& writer) const override {
     tokens_.save(writer);
-    for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
+    for (std::uint32_t head = 0; head < shape().kv_heads; ++head) {
       writer.put_array(keys_.part(key_offset(head, 0), tokens_.count() * row_bytes_));
     }
     refreshes_.save(writer);
   }
   Status restore(StateReader& reader) override {
     KVTIER_RETURN_IF_ERROR(tokens_.restore(reader));
-    for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
+    for (std::uint32_t head = 0; head < shape().kv_heads; ++head) {
       KVTIER_RETURN_IF_ERROR(
           reader.get_exactly(keys_.part(key_offset(head, 0), tokens_.count() * row_bytes_)));
     }
@@ -114,7 +103,7 @@ class SoftVote final : public Selector, private TokenLogits {
   }
 
   std::size_t metadata_bytes() const override {
-    return tokens_.count() * (shape_.kv_heads * row_bytes_ +
+    return tokens_.count() * (shape().kv_heads * row_bytes_ +
                               std::size_t{voting_shape_.head_groups()} * sizeof(float)) +
            refreshes_.bytes();
   }
@@ -125,10 +114,10 @@ class SoftVote final : public Selector, private TokenLogits {
     return shape;
   }
   std::size_t key_offset(std::uint32_t head, std::uint32_t position) const {
-    return (std::size_t{head} * shape_.tokens_max + position) * row_bytes_;
+    return (std::size_t{head} * shape().tokens_max + position) * row_bytes_;
   }
   bool covered(std::uint32_t position) const {
-    return FarRegion::of(shape_, position).end <= tokens_.count();
+    return FarRegion::of(shape(), position).end <= tokens_.count();
   }
   void forget_from(std::uint32_t position) {
     const std::uint32_t before = refreshes_.count();
@@ -136,8 +125,11 @@ class SoftVote final : public Selector, private TokenLogits {
     if (refreshes_.count() != before) counted_ = false;
   }
 
-  Status answer(const SelectRequest& request, std::span<GroupSelection> selection, WorkerPool& pool,
-                bool learns);
+  std::uint32_t tokens_seen() const override { return tokens_.count(); }
+  /// A guess uses the cached votes if it is near enough; else they are counted for it, and again at
+  /// the next step.
+  Status answer(const Question& question, std::span<GroupSelection> selection,
+                WorkerPool& pool) override;
   void average_queries(const SelectRequest& request);
   double similarity() const;
   Status count_votes(std::span<const float> query, std::uint32_t position, WorkerPool& pool);
@@ -146,17 +138,16 @@ class SoftVote final : public Selector, private TokenLogits {
   Status compute(std::uint32_t kv_head, const float* queries, std::uint32_t rows,
                  std::uint32_t tokens, float* target, std::size_t stride,
                  WorkerPool& pool) override {
-    const ScoreTask task{.rows = {keys_.data() + key_offset(kv_head, 0), tokens, shape_.head_dim,
-                                  row_bytes_, shape_.dtype},
+    const ScoreTask task{.rows = {keys_.data() + key_offset(kv_head, 0), tokens, shape().head_dim,
+                                  row_bytes_, shape().dtype},
                          .queries = queries,
-                         .query_stride = shape_.head_dim,
+                         .query_stride = shape().head_dim,
                          .query_count = rows,
                          .logits = target,
                          .logit_stride = stride};
-    return score_rows(shape_.softmax, std::span(&task, 1), pool);
+    return score_rows(shape().softmax, std::span(&task, 1), pool);
   }
 
-  SelectorShape shape_;
   SelectorShape voting_shape_;  ///< With the head groups that share votes.
   SoftVoteOptions options_;
   SeenTokens tokens_;
@@ -172,13 +163,9 @@ class SoftVote final : public Selector, private TokenLogits {
   std::uint32_t counted_end_ = 0;  ///< for the far tokens to here.
 };
 
-Status SoftVote::answer(const SelectRequest& request, std::span<GroupSelection> selection,
-                        WorkerPool& pool, bool learns) {
-  KVTIER_RETURN_IF_ERROR(check_request(shape_, request));
-  reserve_selection(shape_, selection);
-  const FarRegion region = FarRegion::of(shape_, request.first_position);
-  tokens_.check_covers(region);
-  if (region.tokens() == 0) return {};
+Status SoftVote::answer(const Question& question, std::span<GroupSelection> selection,
+                        WorkerPool& pool) {
+  const auto& [request, region, learns] = question;
   average_queries(request);
   if (learns) forget_from(request.first_position);
   // Votes from behind a guess's place are for tokens that it must not rank.
@@ -198,7 +185,7 @@ Status SoftVote::answer(const SelectRequest& request, std::span<GroupSelection> 
     }
   }
   // Nobody voted for those that have left the window since. Logits can be negative, weights cannot.
-  const bool mean = shape_.reduction == GroupReduction::kMean;
+  const bool mean = shape().reduction == GroupReduction::kMean;
   for (std::uint32_t group = 0; group < voting_shape_.head_groups(); ++group) {
     const std::span<float> votes = votes_.votes(group);
     std::fill(votes.begin() + std::min(counted_end_, region.end), votes.begin() + region.end,
@@ -243,7 +230,7 @@ Status SoftVote::count_votes(std::span<const float> query, std::uint32_t positio
       .queries = query.data(), .query_stride = query.size(), .first_position = position};
   KVTIER_RETURN_IF_ERROR(
       votes_.count(request, tokens_.count(), {.everyone = false}, *this, "soft-vote", pool));
-  const FarRegion region = FarRegion::of(shape_, position);
+  const FarRegion region = FarRegion::of(shape(), position);
   counted_end_ = region.end;
   if (options_.pool == 1) return {};
   for (std::uint32_t group = 0; group < voting_shape_.head_groups(); ++group) {

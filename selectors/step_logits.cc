@@ -10,17 +10,23 @@ constexpr std::uint32_t kExponent = 0x7f800000;
 
 }  // namespace
 
+void StepLogits::reserve(std::size_t queries) {
+  queries_ = queries;
+  if (queries <= queries_max_) return;
+  logits_ = FixedArray<float>(tasks_.size() * queries * row_stride_);
+  queries_max_ = queries;
+}
+
 Status StepLogits::compute(const SelectRequest& request, std::uint32_t first_head,
                            std::span<const RowsView> rows, WorkerPool& pool) {
   KVTIER_CHECK(rows.size() <= tasks_.size(), "{} heads at once, at most {}", rows.size(),
                tasks_.size());
   const std::size_t per_query = shape_.queries_per_kv_head;
   const std::size_t dim = shape_.head_dim;
-  queries_ = request.query_count * per_query;
-  if (queries_ > queries_max_) {
+  reserve(request.query_count * per_query);
+  if (queries_ > packed_max_) {
     packed_ = FixedArray<float>(tasks_.size() * queries_ * dim);
-    logits_ = FixedArray<float>(tasks_.size() * queries_ * row_stride_);
-    queries_max_ = queries_;
+    packed_max_ = queries_;
   }
   for (std::size_t i = 0; i < rows.size(); ++i) {
     // Together they are scored in one pass over the rows, so the steps' queries of a head must be

@@ -23,6 +23,9 @@ class StepLogits {
   StepLogits(const SelectorShape& shape, std::uint32_t heads_max, std::uint32_t rows_max)
       : shape_(shape), row_stride_((rows_max + 15u) / 16u * 16u), tasks_(heads_max) {}
 
+  /// Makes room for `queries` rows of logits per KV head, for a caller that fills them in itself.
+  void reserve(std::size_t queries);
+
   /// Scores `rows[i]` for KV head `first_head + i`, spread over the workers.
   Status compute(const SelectRequest& request, std::uint32_t first_head,
                  std::span<const RowsView> rows, WorkerPool& pool);
@@ -45,6 +48,7 @@ class StepLogits {
   std::vector<ScoreTask> tasks_;
   std::size_t queries_ = 0;      ///< Rows of logits per KV head in this step.
   std::size_t queries_max_ = 0;  ///< What there is room for.
+  std::size_t packed_max_ = 0;   ///< Likewise in `packed_`.
   FixedArray<float> packed_;
   FixedArray<float> logits_;
 };

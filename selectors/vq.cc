@@ -1,8 +1,8 @@
 #include "kernels/lower_triangle.h"
 #include "memory/dtype.h"
 #include "selectors/families.h"
+#include "selectors/far_selector.h"
 #include "selectors/key_frame.h"
-#include "selectors/rank_blocks.h"
 #include "selectors/seen_tokens.h"
 #include "selectors/token_votes.h"
 #include "selectors/vq_codebook.h"
@@ -52,10 +52,10 @@ constexpr std::uint32_t kVqDimMax = 576;
 /// keys, and trains again whenever its far tokens have doubled. A cut at or behind the question
 /// that the final codebook was made for keeps it; before it, everything starts over
 /// (`truncate_floor` is 0). The keys of a long prompt are held until the first question.
-class VqKeys final : public Selector, private TokenLogits {
+class VqKeys final : public FarSelector, private TokenLogits {
  public:
   VqKeys(const SelectorShape& shape, VqOptions options)
-      : shape_(shape),
+      : FarSelector(shape),
         options_(options),
         tokens_(shape.tokens_max),
         frame_(shape, options.windowed, kVqDistance),
@@ -78,16 +78,6 @@ class VqKeys final : public Selector, private TokenLogits {
     return final_ && position <= trained_at_ ? 0 : position;
   }
 
-  Status select(const SelectRequest& request, std::span<GroupSelection> selection,
-                WorkerPool& pool) override {
-    return answer(request, selection, pool, true);
-  }
-  /// A guess never makes the codebook final.
-  Status hint(const SelectRequest& request, std::span<GroupSelection> selection,
-              WorkerPool& pool) override {
-    return answer(request, selection, pool, false);
-  }
-
   std::unique_ptr<Selector> fork() const override { return std::make_unique<VqKeys>(*this); }
   void save(StateWriter& writer) const override;
   Status restore(StateReader& reader) override;
@@ -96,27 +86,27 @@ class VqKeys final : public Selector, private TokenLogits {
   std::size_t metadata_bytes() const override {
     const std::size_t squares = observed_ > 0 ? squares_.size() * sizeof(float) : 0;
     const std::size_t keys =
-        final_ ? 0 : std::size_t{tokens_.count()} * shape_.kv_heads * row_bytes_;
-    return std::size_t{tokens_.count()} * shape_.kv_heads * options_.parts +
-           shape_.kv_heads * (std::size_t{shape_.head_dim} + options_.parts) * kCodeCentroids *
+        final_ ? 0 : std::size_t{tokens_.count()} * shape().kv_heads * row_bytes_;
+    return std::size_t{tokens_.count()} * shape().kv_heads * options_.parts +
+           shape().kv_heads * (std::size_t{shape().head_dim} + options_.parts) * kCodeCentroids *
                sizeof(float) +
            2 * squares + keys;
   }
 
  private:
   std::size_t raw_size() const {
-    return std::size_t{shape_.kv_heads} * shape_.tokens_max * row_bytes_;
+    return std::size_t{shape().kv_heads} * shape().tokens_max * row_bytes_;
   }
   std::byte* raw(std::uint32_t head, std::uint32_t token) {
-    return raw_.data() + (std::size_t{head} * shape_.tokens_max + token) * row_bytes_;
+    return raw_.data() + (std::size_t{head} * shape().tokens_max + token) * row_bytes_;
   }
   std::uint8_t* code(std::uint32_t head, std::uint32_t token) {
-    return codes_.data() + (std::size_t{head} * shape_.tokens_max + token) * options_.parts;
+    return codes_.data() + (std::size_t{head} * shape().tokens_max + token) * options_.parts;
   }
   void load_key(std::uint32_t head, const std::byte* key, float* target) const {
     float plain[kVqDimMax];
-    for (std::uint32_t i = 0; i < shape_.head_dim; ++i) {
-      plain[i] = load_element(key, shape_.dtype, i);
+    for (std::uint32_t i = 0; i < shape().head_dim; ++i) {
+      plain[i] = load_element(key, shape().dtype, i);
     }
     codebooks_[head].transform_key(plain, target);
   }
@@ -124,14 +114,15 @@ class VqKeys final : public Selector, private TokenLogits {
   void keep(const NewTokens& piece);
   void train(std::uint32_t end, WorkerPool& pool);
   void code_slice(std::uint32_t head, std::uint32_t first, std::uint32_t last);
-  Status answer(const SelectRequest& request, std::span<GroupSelection> selection, WorkerPool& pool,
-                bool learns);
+  std::uint32_t tokens_seen() const override { return tokens_.count(); }
+  /// A guess never makes the codebook final.
+  Status answer(const Question& question, std::span<GroupSelection> selection,
+                WorkerPool& pool) override;
   SelectRequest turned(const SelectRequest& request);
   Status compute(std::uint32_t kv_head, const float* queries, std::uint32_t rows,
                  std::uint32_t tokens, float* target, std::size_t stride,
                  WorkerPool& pool) override;
 
-  SelectorShape shape_;
   VqOptions options_;
   SeenTokens tokens_;
   KeyFrame frame_;
@@ -153,7 +144,7 @@ class VqKeys final : public Selector, private TokenLogits {
 
 void VqKeys::keep(const NewTokens& piece) {
   float row[kVqDimMax];
-  for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
+  for (std::uint32_t head = 0; head < shape().kv_heads; ++head) {
     for (std::uint32_t t = 0; t < piece.tokens; ++t) {
       const std::uint32_t token = piece.first_position + t;
       const std::byte* source =
@@ -167,14 +158,14 @@ void VqKeys::keep(const NewTokens& piece) {
 }
 
 void VqKeys::observe_prompt(const PromptQueries& queries) {
-  const std::size_t dim = shape_.head_dim;
+  const std::size_t dim = shape().head_dim;
   for (std::size_t n = 0; n < queries.positions.size() && observed_ < kVqObserved; ++n) {
     frame_.turn_query(queries.queries + n * queries.query_stride, queries.positions[n],
                       turned_.data());
-    for (std::size_t row = 0; row < shape_.query_heads(); ++row) {
+    for (std::size_t row = 0; row < shape().query_heads(); ++row) {
       const float* query = turned_.data() + row * dim;
-      float* sum = squares_.data() + row / shape_.queries_per_kv_head * dim * dim;
-      add_outer_product(query, shape_.head_dim, sum);
+      float* sum = squares_.data() + row / shape().queries_per_kv_head * dim * dim;
+      add_outer_product(query, shape().head_dim, sum);
     }
     ++observed_;
     if (!final_) trained_ = 0;  // Under another metric.
@@ -197,12 +188,12 @@ void VqKeys::truncate(std::uint32_t position) {
 /// Makes the codebooks from tokens before `end` and codes every token.
 void VqKeys::train(std::uint32_t end, WorkerPool& pool) {
   // Sinks are unlike all other keys and never ranked.
-  const std::uint32_t begin = shape_.sinks < end ? shape_.sinks : 0;
+  const std::uint32_t begin = shape().sinks < end ? shape().sinks : 0;
   const std::uint32_t count = std::min(end - begin, VqCodebook::kSampleMax);
-  const std::size_t dim = shape_.head_dim;
-  for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
+  const std::size_t dim = shape().head_dim;
+  for (std::uint32_t head = 0; head < shape().kv_heads; ++head) {
     codebooks_[head].set_metric(std::span(squares_).subspan(head * dim * dim, dim * dim),
-                                std::uint64_t{observed_} * shape_.queries_per_kv_head);
+                                std::uint64_t{observed_} * shape().queries_per_kv_head);
     for (std::uint32_t i = 0; i < count; ++i) {
       const auto token =
           static_cast<std::uint32_t>(begin + std::uint64_t{i} * (end - begin) / count);
@@ -230,13 +221,9 @@ void VqKeys::code_slice(std::uint32_t head, std::uint32_t first, std::uint32_t l
   }
 }
 
-Status VqKeys::answer(const SelectRequest& request, std::span<GroupSelection> selection,
-                      WorkerPool& pool, bool learns) {
-  KVTIER_RETURN_IF_ERROR(check_request(shape_, request));
-  reserve_selection(shape_, selection);
-  const FarRegion region = FarRegion::of(shape_, request.first_position);
-  tokens_.check_covers(region);
-  if (region.tokens() == 0) return {};
+Status VqKeys::answer(const Question& question, std::span<GroupSelection> selection,
+                      WorkerPool& pool) {
+  const auto& [request, region, learns] = question;
   if (!final_) {
     const bool finishes = learns && region.tokens() >= kVqFinal;
     const std::uint32_t end = finishes ? region.end : std::bit_floor(region.end);
@@ -256,9 +243,9 @@ Status VqKeys::answer(const SelectRequest& request, std::span<GroupSelection> se
 
 SelectRequest VqKeys::turned(const SelectRequest& request) {
   const std::size_t query = turned_.size();
-  const std::size_t rows = std::size_t{request.query_count} * shape_.queries_per_kv_head;
-  if (asked_.size() < request.query_count * query + rows * shape_.head_dim) {
-    asked_ = FixedArray<float>(request.query_count * query + rows * shape_.head_dim);
+  const std::size_t rows = std::size_t{request.query_count} * shape().queries_per_kv_head;
+  if (asked_.size() < request.query_count * query + rows * shape().head_dim) {
+    asked_ = FixedArray<float>(request.query_count * query + rows * shape().head_dim);
     tables_ = FixedArray<float>(code_table_size(rows, options_.parts));
   }
   for (std::uint32_t q = 0; q < request.query_count; ++q) {
@@ -273,13 +260,13 @@ SelectRequest VqKeys::turned(const SelectRequest& request) {
 
 Status VqKeys::compute(std::uint32_t kv_head, const float* queries, std::uint32_t rows,
                        std::uint32_t tokens, float* target, std::size_t stride, WorkerPool& pool) {
-  const std::size_t dim = shape_.head_dim;
+  const std::size_t dim = shape().head_dim;
   // Behind the turned queries, of which some are still to come.
   float* metric = asked_.data() + asked_.size() - rows * dim;
   for (std::uint32_t r = 0; r < rows; ++r) {
     codebooks_[kv_head].transform_query(queries + r * dim, metric + r * dim);
   }
-  score_codes(shape_.softmax,
+  score_codes(shape().softmax,
               {.codes = code(kv_head, 0),
                .rows = tokens,
                .codebook = codebooks_[kv_head].view(),
@@ -301,8 +288,8 @@ void VqKeys::save(StateWriter& writer) const {
   writer.put(static_cast<std::uint8_t>(final_));
   writer.put(trained_at_);
   const std::size_t count = tokens_.count();
-  for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
-    const std::size_t first = std::size_t{head} * shape_.tokens_max;
+  for (std::uint32_t head = 0; head < shape().kv_heads; ++head) {
+    const std::size_t first = std::size_t{head} * shape().tokens_max;
     if (!final_) writer.put_array(raw_.part(first * row_bytes_, count * row_bytes_));
     if (trained_ == 0) continue;
     codebooks_[head].save(writer);
@@ -325,8 +312,8 @@ Status VqKeys::restore(StateReader& reader) {
         fmt::format("selector state: found a codebook of {} tokens for {}", trained_, count));
   }
   if (final_) raw_ = {};
-  for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
-    const std::size_t first = std::size_t{head} * shape_.tokens_max;
+  for (std::uint32_t head = 0; head < shape().kv_heads; ++head) {
+    const std::size_t first = std::size_t{head} * shape().tokens_max;
     if (!final_) {
       KVTIER_RETURN_IF_ERROR(reader.get_exactly(raw_.part(first * row_bytes_, count * row_bytes_)));
     }

@@ -38,5 +38,37 @@ TEST(Allocation, DecodingAllocatesNothingInTheLongRun) {
   }
 }
 
+// The same where the rest is estimated, and its samples measured: the steps that measure are among
+// the counted ones, and what they keep has its size from the start, so that the first large sample
+// is not a step that asks for memory.
+TEST(Allocation, EstimatingAndMeasuringAllocateNothing) {
+  for (const char* selector : {"scan", "two-stage"}) {
+    HarnessOptions options;
+    options.selector = selector;
+    options.look_ahead_bytes = 36 * 1024;
+    options.tokens_max = 3200;
+    Harness harness(options);
+    ASSERT_TRUE(harness.append(700).ok());
+    const auto decode = [&](std::uint32_t tokens, std::uint32_t budget) {
+      for (std::uint32_t i = 0; i < tokens; ++i) {
+        ASSERT_TRUE(harness.append(1).ok());
+        for (std::uint32_t layer : {0u, 1u}) ASSERT_TRUE(harness.step(layer, budget).ok());
+      }
+    };
+    decode(30, 160);
+    const RuntimeStats before = harness.runtime().stats();
+    // Behind the warm-up the context grows, and the samples with it.
+    ASSERT_TRUE(harness.append(1900).ok());
+    const std::uint64_t allocations = allocation_count();
+    // Measured are steps 1, 9, 25, 57 and 121, so two of these.
+    decode(120, 140);
+    EXPECT_EQ(allocation_count() - allocations, 0u) << selector;
+    const RuntimeStats after = harness.runtime().stats();
+    EXPECT_GT(after.steps_measured, before.steps_measured) << selector;
+    EXPECT_GT(after.tiers[2].hits, before.tiers[2].hits);
+    EXPECT_EQ(harness.device().wrong_blocks(), 0u);
+  }
+}
+
 }  // namespace
 }  // namespace kvtier::testing

@@ -298,8 +298,8 @@ TEST(Landmark, ReportsItsBytes) {
   shape.tokens_max = 1000;
   const Context context(shape, 1000, 1);
   auto selector = make("landmark", shape);
-  // Room for the recent keys: the window in whole groups and four more, for each KV head.
-  const std::size_t fixed = 4u * (64 + 32) * 64 * 2;
+  // Room for the recent keys: the window in whole groups and two more, for each KV head.
+  const std::size_t fixed = 4u * (64 + 16) * 64 * 2;
   EXPECT_EQ(selector->metadata_bytes(), fixed);
   selector->append(context.keys(0, 1000));
   EXPECT_EQ(selector->metadata_bytes(), fixed + 125u * (4 * 64 * 2 + 2 * 4));

@@ -1,174 +1,33 @@
-#include "selectors/rank_blocks.h"
-#include "selectors/registry.h"
-#include "tests/allocation_counter.h"
-#include "tests/selectors/context.h"
+#include "tests/selectors/selector_contract.h"
 
-#include <gtest/gtest.h>
+#include "selectors/rank_blocks.h"
+#include "tests/allocation_counter.h"
 
 #include <algorithm>
 #include <cctype>
 #include <cmath>
 #include <limits>
 #include <new>
-#include <set>
 #include <string>
-#include <tuple>
+#include <vector>
 
-// What every selector promises, whatever it thinks of blocks: one suite, over every family that the
-// registry knows (a new one joins by itself), some of them with parameters, and unlike shapes.
+// What a selector answers: the budget, the ranking, the requests that it refuses.
 
 namespace kvtier {
 namespace {
 
-using testing::Context;
-using testing::cut;
-using testing::make;
+using testing::contract_cases;
+using testing::contract_names;
+using testing::expect_same;
+using testing::expect_well_formed;
+using testing::kContractTokens;
 using testing::select;
-
-constexpr std::uint32_t kTokens = 300;
-
-struct Case {
-  const char* label;
-  SelectorShape shape;
-};
-
-SelectorShape shape_of(DType dtype, std::uint32_t kv_heads, std::uint32_t heads_per_group,
-                       std::uint32_t queries_per_kv_head, std::uint32_t head_dim,
-                       std::uint32_t tokens_per_block, std::uint32_t sinks, std::uint32_t window,
-                       GroupReduction reduction) {
-  SelectorShape shape;
-  shape.dtype = dtype;
-  shape.kv_heads = kv_heads;
-  shape.heads_per_group = heads_per_group;
-  shape.queries_per_kv_head = queries_per_kv_head;
-  shape.head_dim = head_dim;
-  shape.tokens_per_block = tokens_per_block;
-  shape.sinks = sinks;
-  shape.window = window;
-  shape.softmax.scale = 0.2f;
-  shape.reduction = reduction;
-  shape.seed = 7;
-  shape.rope = {.theta = 10000.0};
-  shape.tokens_max = kTokens;
-  return shape;
-}
-
-const std::vector<Case>& cases() {
-  static const std::vector<Case> kCases = {
-      {"f16_sum", shape_of(DType::kF16, 2, 1, 3, 64, 8, 4, 64, GroupReduction::kSum)},
-      {"bf16_max_grouped", shape_of(DType::kBF16, 4, 2, 2, 80, 4, 0, 16, GroupReduction::kMax)},
-      {"f32_mean_tokens", shape_of(DType::kF32, 1, 1, 1, 64, 1, 5, 7, GroupReduction::kMean)},
-      {"f16_large_blocks", shape_of(DType::kF16, 2, 2, 4, 96, 16, 20, 33, GroupReduction::kSum)},
-      {"f16_no_window", shape_of(DType::kF16, 3, 1, 2, 64, 5, 3, 0, GroupReduction::kMax)},
-      {"f16_mean_no_sinks", shape_of(DType::kF16, 2, 1, 2, 64, 8, 0, 3, GroupReduction::kMean)},
-  };
-  return kCases;
-}
-
-// Every family at its defaults (decorators around a plain one), then some with parameters.
-std::vector<std::string> names() {
-  std::vector<std::string> names;
-  for (const SelectorListing& listing : known_selectors()) {
-    names.push_back(listing.decorates ? listing.name + "/mean" : listing.name);
-  }
-  names.insert(names.end(), {"landmark",
-                             "mean(tokens=3,outliers=0)",
-                             "mean(tokens=16,outliers=0.5,reduction=max)",
-                             "mean(tokens=8,outliers=1)",
-                             "scan(bits=2,values=16)",
-                             "scan(tail=off)",
-                             "two-stage(coarse=minmax,keep=2,tokens=8,bits=2,values=16)",
-                             "two-stage(coarse=mean,tokens=24,tail=off)",
-                             "chunk-tree(tokens=3,effort=0,merge=1)",
-                             "hierarchical(chunks=16:4,keep=40)",
-                             "sentence(cap=9)",
-                             "probe(frame=unrotated,share=layer,tokens=8)",
-                             "soft-vote(frame=unrotated,share=layer,pool=3)",
-                             "vq(parts=4,windowed=on)",
-                             "oracle(granularity=token)",
-                             "external(granularity=block,pool=sum)",
-                             "cluster(segment=32,tokens=8,estimate=on)",
-                             "prompt-observed(score=ems,queries=4)",
-                             "prompt-observed(score=kvcrush,queries=9,kernel=3)",
-                             "cluster(segment=50,tokens=5,estimate=on,zone=0.25)",
-                             "refresh(interval=9,similarity=0.5)/oracle(granularity=token)",
-                             "head-class/adaptive-budget(rule=zipvl)/refresh/mean",
-                             "adaptive-budget(rule=entropy)/mean"});
-  return names;
-}
-
-class SelectorContract : public ::testing::TestWithParam<std::tuple<std::string, std::size_t>> {
- protected:
-  const std::string& name() const { return std::get<0>(GetParam()); }
-  const SelectorShape& shape() const { return cases()[std::get<1>(GetParam())].shape; }
-  std::uint32_t always() const { return shape().sinks + shape().window; }
-  SelectorFactory factory() const {
-    return make_selector_factory(name(), testing::resources()).value();
-  }
-  /// After a prompt of so many tokens, of which the last half was observed.
-  std::unique_ptr<Selector> filled(std::uint32_t tokens = kTokens) const {
-    auto selector = make(name(), shape());
-    selector->append(context_.keys(0, tokens));
-    context_.observe(*selector, tokens / 2, tokens - tokens / 2);
-    return selector;
-  }
-  /// Some head groups may be told to hold less than the budget allows.
-  bool uses_the_budget() const {
-    return !name().starts_with("head-class") && !name().starts_with("adaptive-budget");
-  }
-
-  Context context_{shape(), kTokens, 11};
-};
-
-std::uint32_t tokens_of(std::span<const SelectedUnit> units) {
-  std::uint32_t tokens = 0;
-  for (const SelectedUnit& unit : units) tokens += unit.tokens;
-  return tokens;
-}
-
-void expect_same(const std::vector<GroupSelection>& a, const std::vector<GroupSelection>& b) {
-  ASSERT_EQ(a.size(), b.size());
-  for (std::size_t i = 0; i < a.size(); ++i) {
-    EXPECT_EQ(a[i].ranked, b[i].ranked) << "head group " << i;
-    EXPECT_EQ(a[i].chosen, b[i].chosen) << "head group " << i;
-    EXPECT_EQ(a[i].held, b[i].held) << "head group " << i;
-  }
-}
-
-/// Each unit is one far block, cut by the region and nothing else (or a part of one, where
-/// `partial` says so), each token listed once, in order.
-void expect_well_formed(const GroupSelection& group, const SelectorShape& shape, FarRegion region,
-                        bool partial) {
-  std::set<std::uint32_t> seen;
-  for (const SelectedUnit& unit : group.ranked) {
-    const std::uint32_t start = unit.block.value * shape.tokens_per_block;
-    const std::uint32_t begin = start + unit.first_token;
-    ASSERT_GT(unit.tokens, 0u);
-    ASSERT_LE(unit.first_token + unit.tokens, shape.tokens_per_block);
-    ASSERT_GE(begin, region.begin);
-    ASSERT_LE(begin + unit.tokens, region.end);
-    for (std::uint32_t t = begin; t < begin + unit.tokens; ++t) {
-      EXPECT_TRUE(seen.insert(t).second) << "token " << t << " twice";
-    }
-    if (partial) continue;
-    EXPECT_EQ(begin, std::max(start, region.begin));
-    EXPECT_EQ(begin + unit.tokens, std::min(start + shape.tokens_per_block, region.end));
-  }
-  const auto falls = [partial](std::span<const SelectedUnit> units) {
-    return std::ranges::is_sorted(units, [partial](const SelectedUnit& a, const SelectedUnit& b) {
-      return a.score != b.score ? a.score > b.score : !partial && a.block < b.block;
-    });
-  };
-  ASSERT_LE(group.held, group.chosen);
-  ASSERT_LE(group.chosen, group.ranked.size());
-  const std::span units(group.ranked);
-  EXPECT_TRUE(falls(units.first(group.held)));
-  EXPECT_TRUE(falls(units.subspan(group.held)));
-}
+using testing::SelectorContract;
+using testing::tokens_of;
 
 TEST_P(SelectorContract, KeepsTheBudgetAndUsesItToWithinOneBlock) {
   auto selector = filled();
-  for (std::uint32_t position : {kTokens - 1, 250u, 100u, 299u}) {
+  for (std::uint32_t position : {kContractTokens - 1, 250u, 100u, 299u}) {
     for (std::uint32_t far : {0u, 1u, 7u, 40u, 111u, 1000u}) {
       SCOPED_TRACE(::testing::Message() << "position " << position << ", far budget " << far);
       const FarRegion region = FarRegion::of(shape(), position);
@@ -188,7 +47,7 @@ TEST_P(SelectorContract, KeepsTheBudgetAndUsesItToWithinOneBlock) {
 TEST_P(SelectorContract, TheWholeBudgetChoosesEverything) {
   if (!uses_the_budget()) GTEST_SKIP() << "may leave some of the budget unused";
   auto selector = filled();
-  for (std::uint32_t position : {kTokens - 1, 150u}) {
+  for (std::uint32_t position : {kContractTokens - 1, 150u}) {
     const FarRegion region = FarRegion::of(shape(), position);
     for (const GroupSelection& group :
          select(*selector, shape(), context_.request(position, position + 1))) {
@@ -212,54 +71,6 @@ TEST_P(SelectorContract, TheSameCallsGiveTheSameAnswer) {
     expect_same(answer, select(*first, shape(), request));
     // Without the history of the other questions.
     expect_same(answer, select(*filled(), shape(), request));
-  }
-}
-
-TEST_P(SelectorContract, AnyChunkingOfAppendIsTheSame) {
-  auto whole = filled();
-  for (std::uint32_t chunk : {1u, 7u, 8u, 64u, 129u}) {
-    auto selector = make(name(), shape());
-    for (std::uint32_t t = 0; t < kTokens; t += chunk) {
-      selector->append(context_.keys(t, std::min(chunk, kTokens - t)));
-      // Asking in between changes nothing, except for those who learn from it.
-      if (factory().remembers) continue;
-      const std::uint32_t seen = std::min(t + chunk, kTokens);
-      select(*selector, shape(), context_.request(seen - 1, seen + always()));
-    }
-    context_.observe(*selector, kTokens / 2, kTokens - kTokens / 2);
-    EXPECT_EQ(selector->metadata_bytes(), whole->metadata_bytes());
-    const SelectRequest request = context_.request(kTokens - 1, always() + 60, 1, 40);
-    expect_same(select(*whole, shape(), request), select(*selector, shape(), request));
-  }
-}
-
-TEST_P(SelectorContract, ACutIsAsIfNeverAppended) {
-  const Context other(shape(), kTokens, 999);
-  const SelectRequest request = context_.request(kTokens - 1, always() + 60, 1, 40);
-  for (std::uint32_t position : {299u, 295u, 280u, 256u, 201u, 64u, 9u, 1u, 0u}) {
-    SCOPED_TRACE(::testing::Message() << "cut at " << position);
-    // A draft that is rejected: other tokens stand behind `position`, asked about, then cut.
-    auto selector = filled(position);
-    auto undisturbed = filled(position);
-    selector->append(other.keys(position, kTokens - position));
-    select(*selector, shape(), request);
-    cut(*selector, context_, position);
-    EXPECT_EQ(selector->metadata_bytes(), undisturbed->metadata_bytes());
-    if (position > 0) {
-      const SelectRequest at_cut = context_.request(position - 1, always() + 30);
-      expect_same(select(*undisturbed, shape(), at_cut), select(*selector, shape(), at_cut));
-    }
-    selector->append(context_.keys(position, kTokens - position));
-    undisturbed->append(context_.keys(position, kTokens - position));
-    expect_same(select(*undisturbed, shape(), request), select(*selector, shape(), request));
-    EXPECT_EQ(selector->metadata_bytes(), undisturbed->metadata_bytes());
-  }
-}
-
-TEST_P(SelectorContract, CutsWithinTheWindowNeedNoKeys) {
-  auto selector = filled();
-  for (std::uint32_t back = 0; back <= shape().window; ++back) {
-    EXPECT_EQ(selector->truncate_floor(kTokens - back), kTokens - back);
   }
 }
 
@@ -297,7 +108,7 @@ TEST_P(SelectorContract, RefusesWhatItCannotAnswer) {
   EXPECT_EQ(code(context_.request(280, 299, 9)), StatusCode::kInvalidArgument);
   for (float bad :
        {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
-    Context broken(shape(), kTokens, 11);
+    Context broken(shape(), kContractTokens, 11);
     const std::size_t stride = broken.request(0, 0).query_stride;
     broken.queries()[stride + 3] = bad;
     EXPECT_EQ(code(broken.request(280, 299, 1)), StatusCode::kOk) << "not in the question";
@@ -316,68 +127,12 @@ TEST_P(SelectorContract, TwoThreadsGiveTheAnswerOfOne) {
 std::vector<std::vector<GroupSelection>> go_on(Selector& selector, const SelectorShape& shape,
                                                const Context& context, std::uint32_t first) {
   std::vector<std::vector<GroupSelection>> answers;
-  for (std::uint32_t t = first; t < kTokens; ++t) {
+  for (std::uint32_t t = first; t < kContractTokens; ++t) {
     selector.append(context.keys(t, 1));
     const std::uint32_t budget = shape.sinks + shape.window + 40;
     if (t + 1 >= budget) answers.push_back(select(selector, shape, context.request(t, budget)));
   }
   return answers;
-}
-
-TEST_P(SelectorContract, AForkGoesOnAsACopyWould) {
-  auto selector = filled(220);
-  select(*selector, shape(), context_.request(219, always() + 40));
-  auto fork = selector->fork();
-  const auto expected = go_on(*selector, shape(), context_, 220);
-  const auto found = go_on(*fork, shape(), context_, 220);
-  ASSERT_EQ(found.size(), expected.size());
-  for (std::size_t i = 0; i < found.size(); ++i) expect_same(expected[i], found[i]);
-  EXPECT_EQ(fork->metadata_bytes(), selector->metadata_bytes());
-}
-
-TEST_P(SelectorContract, SavedAndRestoredItNeverStopped) {
-  auto selector = filled(220);
-  select(*selector, shape(), context_.request(219, always() + 40));
-  const std::vector<std::byte> bytes = save_selector(*selector, name(), shape());
-  auto restored = restore_selector(bytes, factory(), shape(), LayerIndex(0));
-  ASSERT_TRUE(restored.ok()) << restored.status().to_string();
-  EXPECT_EQ((*restored)->metadata_bytes(), selector->metadata_bytes());
-  EXPECT_EQ(save_selector(**restored, name(), shape()), bytes);
-  const auto expected = go_on(*selector, shape(), context_, 220);
-  const auto found = go_on(**restored, shape(), context_, 220);
-  ASSERT_EQ(found.size(), expected.size());
-  for (std::size_t i = 0; i < found.size(); ++i) expect_same(expected[i], found[i]);
-}
-
-TEST_P(SelectorContract, DamagedStateIsRefused) {
-  auto selector = filled(100);
-  const std::vector<std::byte> bytes = save_selector(*selector, name(), shape());
-  for (std::size_t i = 0; i < bytes.size(); i += 1 + bytes.size() / 37) {
-    std::vector<std::byte> damaged = bytes;
-    damaged[i] ^= std::byte{4};
-    EXPECT_FALSE(restore_selector(damaged, factory(), shape(), LayerIndex(0)).ok()) << i;
-    const std::span cut(bytes.data(), i);
-    EXPECT_FALSE(restore_selector(cut, factory(), shape(), LayerIndex(0)).ok()) << i;
-  }
-  SelectorShape other = shape();
-  other.window += 1;
-  EXPECT_EQ(restore_selector(bytes, factory(), other, LayerIndex(0)).status().code(),
-            StatusCode::kInvalidArgument);
-}
-
-TEST_P(SelectorContract, AHintLeavesNoTrace) {
-  auto selector = filled(250);
-  auto undisturbed = filled(250);
-  WorkerPool pool(1);
-  std::vector<GroupSelection> guess(shape().head_groups());
-  for (std::uint32_t t = 250; t < 270; ++t) {
-    selector->append(context_.keys(t, 1));
-    undisturbed->append(context_.keys(t, 1));
-    // Several queries, so that the guess is another question than the step's.
-    ASSERT_TRUE(selector->hint(context_.request(t - 3, always() + 20 + 4, 4), guess, pool).ok());
-    const SelectRequest request = context_.request(t, always() + 40);
-    expect_same(select(*undisturbed, shape(), request), select(*selector, shape(), request));
-  }
 }
 
 // What is not chosen is estimated; whatever the quality, it is about those tokens alone.
@@ -388,7 +143,7 @@ TEST_P(SelectorContract, TheRestIsEstimatedOrItSaysThatItIsNot) {
   const std::size_t rows = 2 * shape().query_heads();
   std::vector<float> out(rows * shape().value_dim, 77.0f);
   std::vector<float> lse(rows, 77.0f);
-  const SelectRequest request = context_.request(kTokens - 2, always() + 40 + 1, 2);
+  const SelectRequest request = context_.request(kContractTokens - 2, always() + 40 + 1, 2);
   ASSERT_TRUE(selector->select(request, selection, pool).ok());
   const Status status = selector->estimate_rest(request, selection, {out.data(), lse.data()}, pool);
   EXPECT_EQ(status.ok(), selector->estimates_rest()) << status.to_string();
@@ -401,7 +156,7 @@ TEST_P(SelectorContract, TheRestIsEstimatedOrItSaysThatItIsNot) {
     }
   }
   // Nothing is left over when everything is chosen.
-  const SelectRequest all = context_.request(kTokens - 2, kTokens, 2);
+  const SelectRequest all = context_.request(kContractTokens - 2, kContractTokens, 2);
   ASSERT_TRUE(selector->select(all, selection, pool).ok());
   ASSERT_TRUE(selector->estimate_rest(all, selection, {out.data(), lse.data()}, pool).ok());
   for (std::size_t row = 0; row < rows; ++row) EXPECT_EQ(lse[row], kEmptyLse) << row;
@@ -431,7 +186,7 @@ TEST_P(SelectorContract, TheBandContinuesTheRanking) {
 TEST_P(SelectorContract, SeveralQueriesShareOneAnswer) {
   auto selector = filled();
   for (std::uint32_t queries : {2u, 5u, 8u}) {
-    const std::uint32_t position = kTokens - queries;
+    const std::uint32_t position = kContractTokens - queries;
     for (const GroupSelection& group :
          select(*selector, shape(), context_.request(position, always() + 45, queries))) {
       expect_well_formed(group, shape(), FarRegion::of(shape(), position),
@@ -448,7 +203,7 @@ TEST_P(SelectorContract, AStepAllocatesNothingAfterTheFirst) {
   std::vector<GroupSelection> selection(shape().head_groups());
   ASSERT_TRUE(selector->select(context_.request(192, always() + 8, 8), selection, pool).ok());
   const std::uint64_t before = testing::allocation_count();
-  for (std::uint32_t t = 200; t < kTokens; ++t) {
+  for (std::uint32_t t = 200; t < kContractTokens; ++t) {
     selector->append(context_.keys(t, 1));
     // Budget and band grow, so that a capacity left to grow with them would show.
     const Status status =
@@ -459,15 +214,17 @@ TEST_P(SelectorContract, AStepAllocatesNothingAfterTheFirst) {
 }
 
 std::string label(const ::testing::TestParamInfo<SelectorContract::ParamType>& instance) {
-  std::string name = std::get<0>(instance.param) + "_" + cases()[std::get<1>(instance.param)].label;
+  std::string name =
+      std::get<0>(instance.param) + "_" + contract_cases()[std::get<1>(instance.param)].label;
   std::ranges::replace_if(
       name, [](char c) { return std::isalnum(c) == 0; }, '_');
   return name;
 }
 
 INSTANTIATE_TEST_SUITE_P(All, SelectorContract,
-                         ::testing::Combine(::testing::ValuesIn(names()),
-                                            ::testing::Range(std::size_t{0}, cases().size())),
+                         ::testing::Combine(::testing::ValuesIn(contract_names()),
+                                            ::testing::Range(std::size_t{0},
+                                                             contract_cases().size())),
                          label);
 
 TEST(AllocationCounter, Counts) {

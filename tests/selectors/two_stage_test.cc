@@ -36,7 +36,7 @@ SelectorShape two_stage_shape(std::uint32_t tokens_per_block) {
 }
 
 TEST(TwoStage, KeepingEverythingIsScan) {
-  for (const char* coarse : {"mean", "minmax", "mean-minmax"}) {
+  for (const char* coarse : {"mean", "mean,means=4", "mean,means=16", "minmax", "mean-minmax"}) {
     for (std::uint32_t tokens : {8u, 16u, 48u}) {
       const SelectorShape shape = two_stage_shape(4);
       const Context context(shape, 1300, 3);
@@ -142,8 +142,9 @@ TEST(TwoStage, IsTheFormula) {
       const SelectorShape shape = two_stage_shape(per_block);
       Context context(shape, 1270, 4);
       make_codes_exact(context, shape);
-      auto selector = make(
-          "two-stage(coarse=mean,keep=2,values=16,tokens=" + std::to_string(tokens) + ")", shape);
+      // Means as they are: what rounds them is tested by itself.
+      auto selector =
+          make("two-stage(means=16,keep=2,values=16,tokens=" + std::to_string(tokens) + ")", shape);
       // All of it asked about at the end, so that the open run is the last 54 tokens.
       selector->append(context.keys(0, 1270));
       const SelectRequest request = context.request(1269, 150, 1, 3000);
@@ -202,10 +203,47 @@ TEST(TwoStage, ABoxFindsWhatAMeanHides) {
     const auto chosen = std::span(selection[0].ranked).first(selection[0].chosen);
     return std::ranges::any_of(chosen, [](const SelectedUnit& u) { return u.block.value == 83; });
   };
-  EXPECT_FALSE(finds("two-stage(coarse=mean)"));
+  EXPECT_FALSE(finds("two-stage(means=16,tokens=16)"));
+  EXPECT_FALSE(finds("two-stage(means=2,tokens=16)"));
+  // Not among fifteen any more, but beside one.
+  EXPECT_TRUE(finds("two-stage"));
   EXPECT_TRUE(finds("two-stage(coarse=minmax)"));
   EXPECT_TRUE(finds("two-stage(coarse=mean-minmax)"));
   EXPECT_TRUE(finds("scan"));
+}
+
+// Small coded means leave less to chance than large exact ones, in less room.
+TEST(TwoStage, SmallMeansFindMoreThanLargeOnes) {
+  SelectorShape shape = two_stage_shape(1);
+  shape.dtype = DType::kF16;
+  shape.softmax.scale = 0.3f;
+  double found[2] = {};
+  std::size_t bytes[2] = {};
+  for (std::uint64_t seed = 0; seed < 4; ++seed) {
+    const Context context(shape, 2000, seed);
+    const char* names[] = {"two-stage(keep=2)", "two-stage(coarse=mean-minmax,keep=2)"};
+    for (std::size_t i = 0; i < 2; ++i) {
+      auto selector = make(names[i], shape);
+      selector->append(context.keys(0, 2000));
+      const SelectRequest request = context.request(1999, 60);
+      const ReferenceWeights weights(context, shape, request);
+      const auto selection = select(*selector, shape, request);
+      for (std::uint32_t g = 0; g < 2; ++g) found[i] += weights.found(g, selection[g]);
+      bytes[i] = selector->metadata_bytes();
+    }
+  }
+  EXPECT_GT(found[0], found[1]);
+  EXPECT_LT(bytes[0], bytes[1]);
+}
+
+TEST(TwoStage, BoxesAreNotCoded) {
+  for (const char* coarse : {"minmax", "mean-minmax"}) {
+    const auto refused =
+        make_selector_factory("two-stage(means=4,coarse=" + std::string(coarse) + ")");
+    ASSERT_FALSE(refused.ok());
+    EXPECT_EQ(refused.status().code(), StatusCode::kInvalidArgument);
+    EXPECT_NE(refused.status().message().find("means=16"), std::string::npos);
+  }
 }
 
 TEST(TwoStage, KeepingMoreFindsMore) {
@@ -214,8 +252,7 @@ TEST(TwoStage, KeepingMoreFindsMore) {
   double found[3] = {};
   for (std::uint64_t seed = 0; seed < 4; ++seed) {
     const Context context(shape, 1500, seed);
-    const char* names[] = {"two-stage(coarse=mean,keep=1)", "two-stage(coarse=mean,keep=4)",
-                           "scan"};
+    const char* names[] = {"two-stage(means=16,keep=1)", "two-stage(means=16,keep=4)", "scan"};
     for (std::size_t i = 0; i < 3; ++i) {
       auto selector = make(names[i], shape);
       selector->append(context.keys(0, 1500));

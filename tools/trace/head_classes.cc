@@ -8,8 +8,6 @@
 namespace kvtier {
 namespace {
 
-constexpr std::string_view kSchema = "kvtier.head-classes";
-
 Result<std::vector<bool>> read_layer(const JsonField& layer) {
   std::vector<bool> heads;
   KVTIER_ASSIGN_OR_RETURN(const auto elements, layer.elements());
@@ -31,7 +29,7 @@ Result<HeadClasses> read_head_classes(const std::string& path) {
   const JsonField document(json, path);
   KVTIER_ASSIGN_OR_RETURN(const JsonField schema, document.member("schema"));
   KVTIER_ASSIGN_OR_RETURN(const std::string name, schema.as_string());
-  if (name != kSchema) return schema.mismatch(kSchema);
+  if (name != kHeadClassesSchema) return schema.mismatch(kHeadClassesSchema);
   KVTIER_ASSIGN_OR_RETURN(const JsonField version, document.member("version"));
   KVTIER_RETURN_IF_ERROR(version.as_count(1, 1).status());
   KVTIER_ASSIGN_OR_RETURN(const JsonField retrieval, document.member("retrieval"));

@@ -3,8 +3,11 @@
 #include "selectors/registry.h"
 
 #include <string>
+#include <string_view>
 
 namespace kvtier {
+
+inline constexpr std::string_view kHeadClassesSchema = "kvtier.head-classes";
 
 /// Reads a file of head classes: {"schema": "kvtier.head-classes", "version": 1, "retrieval":
 /// [[true, false, ...], ...]}, one list per layer of the run, one entry per KV head: true for heads

@@ -1,0 +1,70 @@
+#include "selectors/code_selector.h"
+
+namespace kvtier {
+
+Result<CodeSelector::Options> CodeSelector::Options::parse(const SelectorParameters& parameters,
+                                                           SelectorNeeds& needs) {
+  static constexpr std::string_view kBits[] = {"4", "2"};
+  static constexpr std::string_view kValues[] = {"8", "16", "32", "64", "128"};
+  static constexpr std::string_view kTail[] = {"on", "off"};
+  KVTIER_ASSIGN_OR_RETURN(const std::size_t bits, parameters.choice("bits", "4", kBits));
+  KVTIER_ASSIGN_OR_RETURN(const std::size_t values, parameters.choice("values", "64", kValues));
+  KVTIER_ASSIGN_OR_RETURN(const std::size_t tail, parameters.choice("tail", "on", kTail));
+  needs.values = tail == 0;
+  return Options{.bits = bits == 0 ? 4u : 2u, .value_tokens = 8u << values, .tail = tail == 0};
+}
+
+CodeSelector::CodeSelector(const SelectorShape& shape, const Options& options)
+    : FarSelector(shape),
+      keys_(shape, options.bits),
+      scores_(shape, keys_.runs_max(), options.tail ? options.value_tokens : 0) {
+  if (options.tail) {
+    values_.emplace(shape, GroupRows::Options{options.value_tokens, /*of_values=*/true});
+  }
+}
+
+void CodeSelector::append(const NewTokens& tokens) {
+  keys_.append(tokens);
+  if (!values_) return;
+  KVTIER_CHECK(tokens.values != nullptr || tokens.tokens == 0,
+               "tokens from position {} come without values", tokens.first_position);
+  values_->append(tokens);
+}
+
+void CodeSelector::truncate(std::uint32_t position) {
+  keys_.truncate(position);
+  if (values_) values_->truncate(position);
+}
+
+std::uint32_t CodeSelector::truncate_floor(std::uint32_t position) const {
+  // Where one part can only be cut earlier, the other must be too.
+  for (std::uint32_t floor = position;; position = floor) {
+    floor = keys_.truncate_floor(position);
+    if (values_) floor = values_->truncate_floor(floor);
+    if (floor == position) return floor;
+  }
+}
+
+Status CodeSelector::estimate_rest(const SelectRequest& request,
+                                   std::span<const GroupSelection> selection, StatesView target,
+                                   WorkerPool& pool) {
+  if (!values_) return Selector::estimate_rest(request, selection, target, pool);
+  scores_.estimate_rest(request, selection, *values_, target, pool);
+  return {};
+}
+
+void CodeSelector::save(StateWriter& writer) const {
+  keys_.save(writer);
+  if (values_) values_->save(writer);
+}
+
+Status CodeSelector::restore(StateReader& reader) {
+  KVTIER_RETURN_IF_ERROR(keys_.restore(reader));
+  return values_ ? values_->restore(reader) : Status();
+}
+
+std::size_t CodeSelector::metadata_bytes() const {
+  return keys_.metadata_bytes() + (values_ ? values_->metadata_bytes() : 0);
+}
+
+}  // namespace kvtier

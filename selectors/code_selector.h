@@ -1,0 +1,61 @@
+#pragma once
+
+#include "selectors/coded_keys.h"
+#include "selectors/families.h"
+#include "selectors/far_selector.h"
+#include "selectors/group_rows.h"
+#include "selectors/token_scores.h"
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+
+namespace kvtier {
+
+/// What `scan` and `two-stage` have in common: keys as codes, mean values of groups of tokens, and
+/// the weights of a step, from which blocks are ranked and the rest is estimated. A family adds
+/// which codes are read.
+///
+/// A cut within the window, or within the open run, is exact; a deeper one is made where a run
+/// begins (or a group of values, if that is larger).
+class CodeSelector : public FarSelector {
+ public:
+  struct Options {
+    /// Of a code. Four lose hardly anything against the keys themselves; two halve the bytes.
+    std::uint32_t bits = 4;
+    /// Tokens whose values are averaged for the estimate of the rest: 64 tokens cost a quarter of
+    /// the bytes of 16.
+    std::uint32_t value_tokens = 64;
+    /// Whether the rest is estimated, and means of values are kept for it.
+    bool tail = true;
+
+    /// `bits`, `values` and `tail` of a name; what is needed follows from them.
+    static Result<Options> parse(const SelectorParameters& parameters, SelectorNeeds& needs);
+  };
+
+  void append(const NewTokens& tokens) override;
+  void truncate(std::uint32_t position) override;
+  std::uint32_t truncate_floor(std::uint32_t position) const override;
+
+  bool estimates_rest() const override { return values_.has_value(); }
+  Status estimate_rest(const SelectRequest& request, std::span<const GroupSelection> selection,
+                       StatesView target, WorkerPool& pool) override;
+
+  void save(StateWriter& writer) const override;
+  Status restore(StateReader& reader) override;
+  std::size_t metadata_bytes() const override;
+
+ protected:
+  CodeSelector(const SelectorShape& shape, const Options& options);
+
+  std::uint32_t tokens_seen() const override { return keys_.tokens(); }
+  const CodedKeys& keys() const { return keys_; }
+  TokenScores& scores() { return scores_; }
+
+ private:
+  CodedKeys keys_;
+  std::optional<GroupRows> values_;
+  TokenScores scores_;
+};
+
+}  // namespace kvtier
