@@ -47,6 +47,7 @@ ExitCode run(int argc, char** argv) {
   add_selectors(app, exit_code);
   add_simulate(app, exit_code);
   add_sweep(app, exit_code);
+  add_profile(app, exit_code);
   add_bench(app, exit_code);
   try {
     app.parse(argc, argv);
