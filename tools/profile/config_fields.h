@@ -13,8 +13,8 @@
 
 namespace kvtier {
 
-/// The keys of a model's config, as its family reads them: typed, bounded, and with every value that
-/// was not there but taken for granted noted once. View of the document.
+/// The keys of a model's config, as its family reads them: typed, bounded, and with every value
+/// that was not there but taken for granted noted once. View of the document.
 class ConfigFields {
  public:
   /// Above any model there is, and small enough that products of three stay within 64 bits.
@@ -42,8 +42,7 @@ class ConfigFields {
     return fallback;
   }
   /// The same without a note: absent and 0 mean the same.
-  Result<std::uint64_t> count_or_zero(std::string_view key,
-                                      std::uint64_t most = kCountMax) const {
+  Result<std::uint64_t> count_or_zero(std::string_view key, std::uint64_t most = kCountMax) const {
     KVTIER_ASSIGN_OR_RETURN(const auto field, text_.optional_member(key));
     return field ? field->as_count(0, most) : Result<std::uint64_t>(std::uint64_t{0});
   }

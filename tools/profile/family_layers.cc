@@ -9,20 +9,22 @@ Result<HeadShape> read_heads(const ModelFamily& family, const ConfigFields& fiel
   HeadShape shape;
   KVTIER_ASSIGN_OR_RETURN(const auto layers, fields.count("num_hidden_layers"));
   KVTIER_ASSIGN_OR_RETURN(shape.hidden, fields.count("hidden_size"));
-  KVTIER_ASSIGN_OR_RETURN(const auto heads, family.heads == ModelFamily::kMustSay
-                                                ? fields.count("num_attention_heads")
-                                                : fields.count_or("num_attention_heads",
-                                                                  family.heads));
+  KVTIER_ASSIGN_OR_RETURN(const auto heads,
+                          family.heads == ModelFamily::kMustSay
+                              ? fields.count("num_attention_heads")
+                              : fields.count_or("num_attention_heads", family.heads));
   shape.layers = static_cast<std::uint32_t>(layers);
   shape.heads = static_cast<std::uint32_t>(heads);
   if (shape.heads == 0) return fields.error("num_attention_heads", "0", "a count from 1");
   std::uint64_t kv_heads = shape.heads;
-  const bool is_mla = family.shape == ModelFamily::Shape::kMla || family.shape == ModelFamily::Shape::kMlaIndexed ||
+  const bool is_mla = family.shape == ModelFamily::Shape::kMla ||
+                      family.shape == ModelFamily::Shape::kMlaIndexed ||
                       family.shape == ModelFamily::Shape::kKda;
   if (!is_mla && family.kv_heads == ModelFamily::kMustSay) {
     KVTIER_ASSIGN_OR_RETURN(kv_heads, fields.count("num_key_value_heads"));
   } else if (!is_mla) {
-    const std::uint32_t fallback = family.kv_heads == ModelFamily::kAsQueryHeads ? shape.heads : family.kv_heads;
+    const std::uint32_t fallback =
+        family.kv_heads == ModelFamily::kAsQueryHeads ? shape.heads : family.kv_heads;
     KVTIER_ASSIGN_OR_RETURN(kv_heads, fields.count_or("num_key_value_heads", fallback));
   }
   if (kv_heads == 0 || shape.heads % kv_heads != 0) {
@@ -49,6 +51,7 @@ LayerDescription plain_layer(const HeadShape& shape) {
   layer.kv_heads = shape.kv_heads;
   layer.query_heads = shape.heads;
   layer.key_dim = layer.value_dim = shape.head_dim;
+  layer.pair_products = 2 * shape.head_dim;
   return layer;
 }
 

@@ -15,8 +15,7 @@ LayerDescription linear_layer(std::uint64_t key_heads, std::uint64_t key_dim,
   layer.state_heads = static_cast<std::uint32_t>(value_heads);
   layer.recurrent_elements = value_heads * key_dim * value_dim;
   // Queries and keys of the key heads, values of the value heads; the inputs before the present.
-  layer.convolution_elements =
-      (kernel - 1) * (2 * key_heads * key_dim + value_heads * value_dim);
+  layer.convolution_elements = (kernel - 1) * (2 * key_heads * key_dim + value_heads * value_dim);
   return layer;
 }
 
@@ -41,6 +40,9 @@ Result<LayerDescription> mla_layer(const ConfigFields& fields, std::uint32_t hea
   layer.query_heads = heads;
   layer.key_dim = static_cast<std::uint32_t>(rank + rope);
   layer.value_dim = static_cast<std::uint32_t>(rank);
+  KVTIER_ASSIGN_OR_RETURN(const auto nope, fields.count_or_zero("qk_nope_head_dim"));
+  KVTIER_ASSIGN_OR_RETURN(const auto value, fields.count_or_zero("v_head_dim"));
+  layer.pair_products = static_cast<std::uint32_t>(nope + rope + value);
   return layer;
 }
 
@@ -105,11 +107,9 @@ Result<std::vector<LayerDescription>> kda_layers(const ModelFamily& family,
   KVTIER_ASSIGN_OR_RETURN(const auto heads,
                           linear.count(nested ? "num_heads" : "linear_num_heads"));
   KVTIER_ASSIGN_OR_RETURN(const auto dim, linear.count(nested ? "head_dim" : "linear_head_dim"));
-  KVTIER_ASSIGN_OR_RETURN(
-      const auto kernel,
-      linear.count(nested ? "short_conv_kernel_size" : "linear_conv_kernel_dim"));
-  std::vector<LayerDescription> layers(shape.layers,
-                                       linear_layer(heads, dim, heads, dim, kernel));
+  KVTIER_ASSIGN_OR_RETURN(const auto kernel, linear.count(nested ? "short_conv_kernel_size"
+                                                                 : "linear_conv_kernel_dim"));
+  std::vector<LayerDescription> layers(shape.layers, linear_layer(heads, dim, heads, dim, kernel));
   if (words) {
     for (std::uint32_t i = 0; i < shape.layers; ++i) {
       if ((*words)[i] != "linear_attention") layers[i] = full;

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <limits>
 #include <span>
 #include <utility>
@@ -262,6 +263,30 @@ const ProfileEntry* MachineProfile::nearest(std::string_view wanted,
     best = &entry;
   }
   return best;
+}
+
+std::optional<double> MachineProfile::interpolated(std::string_view wanted,
+                                                   const std::string& parameter, double x,
+                                                   const ProfileParameters& others) const {
+  // Of entries with one value of the parameter, the nearest in the others.
+  std::map<double, std::pair<double, double>> points;
+  for (const ProfileEntry& entry : entries) {
+    if (entry.name != wanted || !entry.has_figure()) continue;
+    const auto at = entry.parameters.find(parameter);
+    if (at == entry.parameters.end() || !std::holds_alternative<double>(at->second)) continue;
+    const auto apart = distance(others, entry.parameters);
+    if (!apart) continue;
+    const auto [place, added] =
+        points.try_emplace(std::get<double>(at->second), *apart, entry.median);
+    if (!added && *apart < place->second.first) place->second = {*apart, entry.median};
+  }
+  if (points.empty()) return std::nullopt;
+  const auto right = points.lower_bound(x);
+  if (right == points.begin()) return right->second.second;
+  const auto left = std::prev(right);
+  if (right == points.end()) return left->second.second;
+  const double share = std::log(x / left->first) / std::log(right->first / left->first);
+  return left->second.second * std::pow(right->second.second / left->second.second, share);
 }
 
 std::string MachineProfile::why_none(std::string_view wanted) const {

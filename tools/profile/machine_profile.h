@@ -72,9 +72,14 @@ struct MachineProfile {
   static Result<MachineProfile> parse(std::string_view text, const std::string& file);
   std::string to_json() const;
 
-  /// The entry with a figure whose parameters are nearest: words must be equal, numbers are compared
-  /// by their ratio, and what the entry does not have is not compared. Null when there is none.
+  /// The entry with a figure whose parameters are nearest: words must be equal, numbers are
+  /// compared by their ratio, and what the entry does not have is not compared. Null when there is
+  /// none.
   const ProfileEntry* nearest(std::string_view name, const ProfileParameters& parameters) const;
+  /// The median at `x` of one parameter, interpolated between entries of equal words over the
+  /// logarithms of both, and beyond the ends the end's. None without an entry that has it.
+  std::optional<double> interpolated(std::string_view name, const std::string& parameter, double x,
+                                     const ProfileParameters& others = {}) const;
   /// Why `name` has no figure: the reason it was waived for, or that the profile lacks it.
   std::string why_none(std::string_view name) const;
 };

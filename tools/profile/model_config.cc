@@ -48,16 +48,15 @@ Result<TextPart> find_text(const JsonField& document, const std::string& read_as
 /// What an unknown model lacks of what describes one with keys and values per head.
 Status unknown_family(const JsonField& text, const std::string& model_type) {
   std::vector<std::string> missing;
-  for (const char* key : {"num_hidden_layers", "hidden_size", "num_attention_heads",
-                          "num_key_value_heads"}) {
+  for (const char* key :
+       {"num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads"}) {
     const auto field = text.optional_member(key);
     if (!field.ok()) return field.status();
     if (!*field) missing.emplace_back(key);
   }
-  const std::string lacks = missing.empty()
-                                ? std::string("it has every key of plain attention")
-                                : fmt::format("of plain attention it lacks {}",
-                                              fmt::join(missing, ", "));
+  const std::string lacks =
+      missing.empty() ? std::string("it has every key of plain attention")
+                      : fmt::format("of plain attention it lacks {}", fmt::join(missing, ", "));
   return input_error(
       text.file(), "model_type", model_type,
       fmt::format("one of {}", fmt::join(known_model_types(), ", ")),
@@ -100,8 +99,7 @@ Result<std::string> written_type(const JsonField& text, const JsonField& documen
 }
 
 /// Bytes per parameter, and the name of the type: of the quantisation where there is one.
-Status read_weight_type(const JsonField& text, const JsonField& document,
-                        ModelDescription& model) {
+Status read_weight_type(const JsonField& text, const JsonField& document, ModelDescription& model) {
   KVTIER_ASSIGN_OR_RETURN(model.weight_type, written_type(text, document));
   if (model.weight_type.empty()) {
     model.weight_type = "bfloat16";
@@ -127,9 +125,8 @@ Status read_weight_type(const JsonField& text, const JsonField& document,
     }
     model.weight_type = printable(method, 40);
     model.weight_bytes_per_parameter = bytes;
-    model.assumptions.push_back(
-        fmt::format("all weights counted at {} bytes, as {} stores its matrices", bytes,
-                    model.weight_type));
+    model.assumptions.push_back(fmt::format(
+        "all weights counted at {} bytes, as {} stores its matrices", bytes, model.weight_type));
     return {};
   }
   return {};
@@ -152,7 +149,8 @@ Result<ModelDescription> parse_model_config(std::span<const std::byte> text,
   const ConfigFields fields(part.field, model.assumptions);
   KVTIER_ASSIGN_OR_RETURN(model.hidden_size, fields.count("hidden_size"));
   KVTIER_ASSIGN_OR_RETURN(model.layers, describe_layers(*family, fields));
-  KVTIER_ASSIGN_OR_RETURN(const auto longest, part.field.optional_member("max_position_embeddings"));
+  KVTIER_ASSIGN_OR_RETURN(const auto longest,
+                          part.field.optional_member("max_position_embeddings"));
   if (longest) {
     KVTIER_ASSIGN_OR_RETURN(const auto positions, longest->as_count(1, std::uint64_t{1} << 32));
     model.max_positions = positions;
@@ -162,8 +160,8 @@ Result<ModelDescription> parse_model_config(std::span<const std::byte> text,
   KVTIER_ASSIGN_OR_RETURN(model.parameters, count_parameters(*family, fields, model.layers));
   KVTIER_ASSIGN_OR_RETURN(const auto drafts, fields.count_or_zero("num_nextn_predict_layers"));
   if (drafts > 0) {
-    model.assumptions.push_back(fmt::format(
-        "{} layer(s) for drafting (num_nextn_predict_layers) are not counted", drafts));
+    model.assumptions.push_back(
+        fmt::format("{} layer(s) for drafting (num_nextn_predict_layers) are not counted", drafts));
   }
   return model;
 }

@@ -38,9 +38,8 @@ double share_of_heads(std::uint32_t heads, std::uint32_t gpus) {
 LayerBytes layer_bytes(const LayerDescription& layer, const KvTypes& types, std::uint32_t gpus) {
   LayerBytes bytes;
   if (layer.kind == LayerKind::kLinear) {
-    const double whole =
-        static_cast<double>(layer.recurrent_elements) * types.recurrent_bytes +
-        static_cast<double>(layer.convolution_elements) * types.convolution_bytes;
+    const double whole = static_cast<double>(layer.recurrent_elements) * types.recurrent_bytes +
+                         static_cast<double>(layer.convolution_elements) * types.convolution_bytes;
     bytes.fixed = whole * share_of_heads(layer.state_heads, gpus);
     return bytes;
   }

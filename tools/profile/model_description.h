@@ -29,6 +29,10 @@ struct LayerDescription {
   std::uint32_t key_dim = 0;
   std::uint32_t value_dim = 0;
   std::uint64_t window_tokens = 0;  ///< Sliding layers.
+  /// Multiplications per pair of tokens and query head when a prompt is attended: of a query with a
+  /// key, and of a weight with a value. MLA expands its vector for prompts, so these are not the
+  /// dims that it keeps.
+  std::uint32_t pair_products = 0;
 
   /// Elements of the indexer's key per token, 0 where this layer keeps none (an indexed layer may
   /// use the choice of the one before it), and the tokens that it selects.
@@ -69,9 +73,9 @@ struct KvTypes {
 /// Parameters, estimated from the shapes: matrices and embeddings, without biases and norms.
 struct ParameterCount {
   double total = 0;
-  double embedding = 0;    ///< Of the total: the input table, of which a step reads one row.
-  double expert = 0;       ///< Of the total: routed experts.
-  double experts = 0;      ///< Experts per expert layer, and how many a token takes.
+  double embedding = 0;  ///< Of the total: the input table, of which a step reads one row.
+  double expert = 0;     ///< Of the total: routed experts.
+  double experts = 0;    ///< Experts per expert layer, and how many a token takes.
   double experts_used = 0;
 
   /// Parameters that one step reads for `tokens` tokens, routed evenly and independently.

@@ -97,8 +97,8 @@ Result<std::vector<LayerDescription>> plain_layers(const ModelFamily& family,
                                                    const ConfigFields& fields) {
   KVTIER_ASSIGN_OR_RETURN(const HeadShape shape, read_heads(family, fields));
   KVTIER_ASSIGN_OR_RETURN(const auto words, layer_words(family, fields, shape.layers));
-  KVTIER_ASSIGN_OR_RETURN(const auto longest, fields.count_or_zero("max_position_embeddings",
-                                               std::uint64_t{1} << 32));
+  KVTIER_ASSIGN_OR_RETURN(const auto longest,
+                          fields.count_or_zero("max_position_embeddings", std::uint64_t{1} << 32));
   std::uint64_t window = 0;
   if (std::ranges::find(words, "sliding_attention") != words.end()) {
     KVTIER_ASSIGN_OR_RETURN(window, window_of(family, fields));
@@ -146,6 +146,7 @@ Result<std::vector<LayerDescription>> gemma4_layers(const ModelFamily& family,
     } else if (words[i] == "full_attention") {
       layers[i].kv_heads = static_cast<std::uint32_t>(global_heads);
       layers[i].key_dim = layers[i].value_dim = static_cast<std::uint32_t>(global_dim);
+      layers[i].pair_products = 2 * layers[i].key_dim;
     } else {
       return fields.error(fmt::format("layer_types[{}]", i), words[i],
                           "full_attention or sliding_attention");

@@ -53,8 +53,8 @@ Result<std::vector<LayerDescription>> describe_layers(const ModelFamily& family,
 
 /// None, with the keys that are missing in `assumptions`, where the config lacks the shape of the
 /// weights.
-Result<std::optional<ParameterCount>> count_parameters(
-    const ModelFamily& family, const ConfigFields& fields,
-    const std::vector<LayerDescription>& layers);
+Result<std::optional<ParameterCount>> count_parameters(const ModelFamily& family,
+                                                       const ConfigFields& fields,
+                                                       const std::vector<LayerDescription>& layers);
 
 }  // namespace kvtier

@@ -189,8 +189,8 @@ Result<std::optional<ParameterCount>> count_parameters(
     count.total += matrices * hidden * inner * (wide_where_shared && !layers[i].stores_kv ? 2 : 1);
   }
   // Gemma 4's table of inputs per layer: a row per token is read, so it counts as embedding.
-  const double table = fields.get("vocab_size_per_layer_input") * per_layer *
-                       static_cast<double>(layers.size());
+  const double table =
+      fields.get("vocab_size_per_layer_input") * per_layer * static_cast<double>(layers.size());
   count.embedding += table;
   count.total += table;
   KVTIER_RETURN_IF_ERROR(fields.status());
