@@ -172,8 +172,9 @@ Status measure_pattern(ProfileRun& run, DiskLoad& load, const char* name,
   std::ranges::sort(latencies);
   entry.latency_us_p50 = quantile_of(latencies, 0.5);
   entry.latency_us_p99 = quantile_of(latencies, 0.99);
-  entry.note = pattern.kind == FileOperation::Kind::kRead ? "cold, direct, every sector checked"
-                                                          : "direct; read back and checked";
+  entry.note = pattern.kind == FileOperation::Kind::kRead
+                   ? "direct, every sector checked; what lies below the system may still cache"
+                   : "direct; read back and checked";
   run.add(std::move(entry), std::move(rates));
   return {};
 }

@@ -4,12 +4,10 @@
 #include "tools/profile/measure.h"
 
 #include <fmt/format.h>
-#include <sys/mman.h>
-#include <sys/resource.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <cstring>
+#include <optional>
 #include <random>
 #include <span>
 #include <utility>
@@ -119,32 +117,23 @@ void measure_reads(ProfileRun& run, std::uint32_t node) {
 }
 
 void measure_page_locking(ProfileRun& run) {
-  auto region = Region::allocate({.bytes = run.memory_bytes() / 4});
-  if (!region.ok()) {
-    run.waive("page_lock", {}, region.status().message());
-    return;
-  }
   run.show("page_lock");
+  const std::size_t bytes = run.memory_bytes() / 4;
   std::vector<double> rates;
-  const std::span<std::byte> bytes = region->bytes();
   for (std::uint32_t i = 0; i < kProfileRepetitions; ++i) {
-    int refused = 0;
+    std::optional<Result<Region>> region;
     const double seconds =
-        seconds_of([&] { refused = ::mlock(bytes.data(), bytes.size()) == 0 ? 0 : errno; });
-    if (refused != 0) {
-      rlimit limit{};
-      ::getrlimit(RLIMIT_MEMLOCK, &limit);
+        seconds_of([&] { region = Region::allocate({.bytes = bytes, .page_lock = true}); });
+    if (!region->ok() || !region->value().stats().page_locked) {
       run.waive("page_lock", {},
-                fmt::format("locking {} bytes is refused: {} (limit {})", bytes.size(),
-                            std::strerror(refused), limit.rlim_cur));
+                region->ok() ? region->value().stats().note : region->status().message());
       return;
     }
-    ::munlock(bytes.data(), bytes.size());
-    rates.push_back(double(bytes.size()) / seconds);
+    rates.push_back(double(bytes) / seconds);
   }
   run.add({.name = "page_lock",
            .unit = "bytes_per_s",
-           .note = "mlock of pages that are in memory already; a GPU's driver takes longer"},
+           .note = "allocating, touching and locking; a GPU's driver takes longer"},
           std::move(rates));
 }
 

@@ -30,6 +30,8 @@ double ReuseCurve::missed(double share) const {
   if (points_.empty()) {
     // A budget of everything has no reuse to speak of: what is not resident is missed.
     if (budget_ >= 1) return 1 - share;
+    // With less room than a step attends, what the next one wants is gone before it asks.
+    if (share < budget_) return 1;
     const double ratio = std::log(share) / std::log(budget_);
     return std::min(1.0, (1 - reuse_) * ratio * ratio);
   }

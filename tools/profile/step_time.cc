@@ -62,7 +62,8 @@ double select_seconds(const LayerDescription& layer, const BudgetOptions& option
     return sequences * bytes * context / rates.device_read;
   }
   const double heads = layer.is_mla() ? 1 : std::ceil(double(layer.kv_heads) / options.gpus);
-  if (const auto rate = rates.select_head_tokens(options.selector)) {
+  if (const auto rate =
+          rates.select_head_tokens(options.selector, static_cast<double>(options.context_tokens))) {
     return sequences * heads * context / *rate;
   }
   const auto found = selectors.find({layer.key_dim, layer.value_dim});
@@ -139,7 +140,7 @@ Result<MachineRates> MachineRates::of(const MachineProfile& profile, const Budge
   if (!profile.interpolated("kernel.attention", "call_bytes", 1)) {
     rates.assumptions.push_back("attention reads as fast as memory: the profile has no figure");
   }
-  if (!rates.select_head_tokens(options.selector)) {
+  if (!rates.select_head_tokens(options.selector, static_cast<double>(options.context_tokens))) {
     rates.assumptions.push_back(fmt::format(
         "choosing takes as long as reading what {} keeps: the profile has no figure for it",
         options.selector));
@@ -160,10 +161,12 @@ double MachineRates::gather(double bytes) const {
   return rate.value_or(link_large);
 }
 
-std::optional<double> MachineRates::select_head_tokens(const std::string& selector) const {
-  const ProfileEntry* entry = profile->nearest(
-      "kernel.select",
-      {{"selector", selector}, {"threads", double(std::max(1u, profile->threads))}});
+std::optional<double> MachineRates::select_head_tokens(const std::string& selector,
+                                                       double tokens) const {
+  const ProfileEntry* entry =
+      profile->nearest("kernel.select", {{"selector", selector},
+                                         {"tokens", tokens},
+                                         {"threads", double(std::max(1u, profile->threads))}});
   if (entry == nullptr) return std::nullopt;
   return entry->median;
 }
@@ -194,7 +197,10 @@ StepTime selected_step(const ModelDescription& model, const BudgetOptions& optio
     const double home = layer_bytes(layer, types_of(options), 1).per_token;
     const double extents =
         std::max(1.0, static_cast<double>(options.extent_bytes) / block_bytes(layer, options));
-    step.disk += sequences * far * std::min(missed, off_host) * home * extents / *rates.disk_read;
+    const double asked = sequences * far * std::min(missed, off_host) * home * extents;
+    const double there = sequences * static_cast<double>(options.context_tokens) * home *
+                         (1.0 - std::min(1.0, host_share));
+    step.disk += std::min(asked, there) / *rates.disk_read;
   }
   return step;
 }

@@ -37,8 +37,9 @@ struct MachineRates {
   /// Of attention that reads `bytes` in one call; of missing blocks of `block_bytes` each.
   double attention(double bytes) const;
   double gather(double block_bytes) const;
-  /// Of choosing, in bytes of metadata: measured for this selector, or the read of its metadata.
-  std::optional<double> select_head_tokens(const std::string& selector) const;
+  /// Of choosing among about `tokens` tokens, in tokens of a KV head; none where the profile has no
+  /// figure for this selector.
+  std::optional<double> select_head_tokens(const std::string& selector, double tokens) const;
 };
 
 /// One decode step of all sequences, in seconds.
