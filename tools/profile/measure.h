@@ -70,7 +70,7 @@ class ProfileRun {
 
  private:
   /// About as many points as there are.
-  static constexpr double kPoints = 50;
+  static constexpr double kPoints = 52;
 
   const MachineOptions& options_;
   MachineProfile& profile_;

@@ -22,7 +22,6 @@ constexpr std::uint32_t kProfileBlockTokens = 8;
 constexpr std::uint32_t kSelectTokens = 32768;
 constexpr std::uint32_t kSelectHeads = 2;
 constexpr std::uint32_t kSelectGroup = 4;
-constexpr std::uint32_t kSelectDim = 128;
 constexpr const char* kSelectors[] = {"scan", "scan(bits=2)", "mean", "minmax"};
 
 void fill_halves(std::span<std::byte> bytes) {
@@ -156,11 +155,12 @@ Status measure_attention(ProfileRun& run, std::span<const std::byte> region) {
   return {};
 }
 
-Status measure_selector(ProfileRun& run, const char* name, std::span<const std::byte> rows) {
+Status measure_selector(ProfileRun& run, const char* name, std::uint32_t dim,
+                        std::span<const std::byte> rows) {
   const ProfileEntry entry{.name = "kernel.select",
                            .parameters = {{"selector", std::string(name)},
                                           {"tokens", double(kSelectTokens)},
-                                          {"head_dim", double(kSelectDim)},
+                                          {"head_dim", double(dim)},
                                           {"group", double(kSelectGroup)},
                                           {"threads", double(run.pool().threads())}},
                            .unit = "head_tokens_per_s",
@@ -171,13 +171,13 @@ Status measure_selector(ProfileRun& run, const char* name, std::span<const std::
   SelectorShape shape;
   shape.kv_heads = kSelectHeads;
   shape.queries_per_kv_head = kSelectGroup;
-  shape.head_dim = shape.value_dim = kSelectDim;
+  shape.head_dim = shape.value_dim = dim;
   shape.tokens_per_block = kProfileBlockTokens;
-  shape.softmax.scale = 1.0f / std::sqrt(float(kSelectDim));
+  shape.softmax.scale = 1.0f / std::sqrt(float(dim));
   shape.tokens_max = kSelectTokens;
   KVTIER_ASSIGN_OR_RETURN(const auto selector, factory(shape, LayerIndex{0}));
   run.show(entry.name);
-  const std::size_t row = kSelectDim * 2;
+  const std::size_t row = dim * 2;
   const std::size_t token = kSelectHeads * row;
   const std::uint32_t chunk = 2048;
   for (std::uint32_t t = 0; t < kSelectTokens; t += chunk) {
@@ -190,7 +190,7 @@ Status measure_selector(ProfileRun& run, const char* name, std::span<const std::
                       .value_token_stride = token,
                       .value_head_stride = row});
   }
-  std::vector<float> queries(std::size_t{kSelectHeads} * kSelectGroup * kSelectDim);
+  std::vector<float> queries(std::size_t{kSelectHeads} * kSelectGroup * dim);
   for (std::size_t i = 0; i < queries.size(); ++i) queries[i] = float(i % 17) / 8.0f - 1.0f;
   std::vector<GroupSelection> selection(shape.head_groups());
   Status status;
@@ -236,7 +236,9 @@ Status measure_kernels(ProfileRun& run) {
   measure_checksums(run, region->bytes().first(std::size_t{32} << 20));
   KVTIER_RETURN_IF_ERROR(measure_attention(run, region->bytes()));
   for (const char* name : kSelectors) {
-    KVTIER_RETURN_IF_ERROR(measure_selector(run, name, region->bytes()));
+    for (const std::uint32_t dim : {64u, 128u}) {
+      KVTIER_RETURN_IF_ERROR(measure_selector(run, name, dim, region->bytes()));
+    }
   }
   return {};
 }

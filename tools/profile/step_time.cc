@@ -62,8 +62,7 @@ double select_seconds(const LayerDescription& layer, const BudgetOptions& option
     return sequences * bytes * context / rates.device_read;
   }
   const double heads = layer.is_mla() ? 1 : std::ceil(double(layer.kv_heads) / options.gpus);
-  if (const auto rate =
-          rates.select_head_tokens(options.selector, static_cast<double>(options.context_tokens))) {
+  if (const auto rate = rates.select_head_tokens(options.selector, context, layer.key_dim)) {
     return sequences * heads * context / *rate;
   }
   const auto found = selectors.find({layer.key_dim, layer.value_dim});
@@ -140,7 +139,7 @@ Result<MachineRates> MachineRates::of(const MachineProfile& profile, const Budge
   if (!profile.interpolated("kernel.attention", "call_bytes", 1)) {
     rates.assumptions.push_back("attention reads as fast as memory: the profile has no figure");
   }
-  if (!rates.select_head_tokens(options.selector, static_cast<double>(options.context_tokens))) {
+  if (!rates.select_head_tokens(options.selector, double(options.context_tokens), 128)) {
     rates.assumptions.push_back(fmt::format(
         "choosing takes as long as reading what {} keeps: the profile has no figure for it",
         options.selector));
@@ -161,11 +160,12 @@ double MachineRates::gather(double bytes) const {
   return rate.value_or(link_large);
 }
 
-std::optional<double> MachineRates::select_head_tokens(const std::string& selector,
-                                                       double tokens) const {
+std::optional<double> MachineRates::select_head_tokens(const std::string& selector, double tokens,
+                                                       std::uint32_t head_dim) const {
   const ProfileEntry* entry =
       profile->nearest("kernel.select", {{"selector", selector},
                                          {"tokens", tokens},
+                                         {"head_dim", double(head_dim)},
                                          {"threads", double(std::max(1u, profile->threads))}});
   if (entry == nullptr) return std::nullopt;
   return entry->median;

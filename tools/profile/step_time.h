@@ -37,9 +37,10 @@ struct MachineRates {
   /// Of attention that reads `bytes` in one call; of missing blocks of `block_bytes` each.
   double attention(double bytes) const;
   double gather(double block_bytes) const;
-  /// Of choosing among about `tokens` tokens, in tokens of a KV head; none where the profile has no
-  /// figure for this selector.
-  std::optional<double> select_head_tokens(const std::string& selector, double tokens) const;
+  /// Of choosing among about `tokens` tokens of keys of `head_dim`, in tokens of a KV head; none
+  /// where the profile has no figure for this selector.
+  std::optional<double> select_head_tokens(const std::string& selector, double tokens,
+                                           std::uint32_t head_dim) const;
 };
 
 /// One decode step of all sequences, in seconds.
