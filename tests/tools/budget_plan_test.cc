@@ -85,6 +85,10 @@ TEST(BudgetPlan, TheDiskIsReadWhereTheHostEnds) {
   const BudgetPlan without = plan_budget(inputs_for(options), options).value();
   EXPECT_FALSE(without.fit.homes_fit);
   EXPECT_FALSE(without.passed());
+  // Of what does not fit there is no time; with which memory it would be how fast there is.
+  EXPECT_FALSE(without.step.has_value());
+  EXPECT_FALSE(without.curve.empty());
+  EXPECT_THAT(without.unanswered, testing::Contains(HasSubstr("does not fit")));
 }
 
 TEST(BudgetPlan, BreakEvenOfAPrefix) {

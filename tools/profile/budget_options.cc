@@ -117,18 +117,6 @@ void bind_hardware(CLI::App& verb, BudgetOptions& options) {
             "Operations per second of prefill, such as 4e14", "the profile's");
 }
 
-/// A word as a shell takes it.
-std::string quoted(const std::string& word) {
-  if (word.find_first_not_of("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
-                             "._-+=:,%/@") == std::string::npos &&
-      !word.empty()) {
-    return word;
-  }
-  std::string text = "'";
-  for (const char c : word) text += c == '\'' ? std::string("'\\''") : std::string(1, c);
-  return text + "'";
-}
-
 std::string plain_bytes(std::uint64_t bytes) {
   constexpr std::uint64_t kGiB = std::uint64_t{1} << 30;
   return bytes % kGiB == 0 && bytes > 0 ? fmt::format("{}GiB", bytes / kGiB)
@@ -182,11 +170,22 @@ Status check_budget_options(const BudgetOptions& options) {
   return {};
 }
 
+std::string shell_word(const std::string& word) {
+  if (word.find_first_not_of("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+                             "._-+=:,%/@") == std::string::npos &&
+      !word.empty()) {
+    return word;
+  }
+  std::string text = "'";
+  for (const char c : word) text += c == '\'' ? std::string("'\\''") : std::string(1, c);
+  return text + "'";
+}
+
 std::string budget_command(const BudgetOptions& options) {
   const BudgetOptions defaults;
-  std::string text = "kvtier profile budget --model " + quoted(options.model_path);
+  std::string text = "kvtier profile budget --model " + shell_word(options.model_path);
   const auto add = [&text](const char* name, const std::string& value) {
-    text += fmt::format(" {} {}", name, quoted(value));
+    text += fmt::format(" {} {}", name, shell_word(value));
   };
   if (!options.read_as.empty()) add("--read-as", options.read_as);
   add("--context", fmt::format("{}", options.context_tokens));

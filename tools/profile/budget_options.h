@@ -70,4 +70,7 @@ Status check_budget_options(const BudgetOptions& options);
 /// their defaults are left out, as is where the result goes.
 std::string budget_command(const BudgetOptions& options);
 
+/// `word` as a shell takes it for one.
+std::string shell_word(const std::string& word);
+
 }  // namespace kvtier

@@ -17,7 +17,7 @@ constexpr double kGiB = 1024.0 * 1024.0 * 1024.0;
 
 std::string gib(double bytes) { return fmt::format("{:.2f} GiB", bytes / kGiB); }
 
-Status find_capacities(const BudgetInputs& inputs, const BudgetOptions& options, BudgetPlan& plan) {
+void find_capacities(const BudgetInputs& inputs, const BudgetOptions& options, BudgetPlan& plan) {
   Capacities& found = plan.capacities;
   const MachineProfile* machine = inputs.machine ? &*inputs.machine : nullptr;
   if (machine != nullptr) {
@@ -43,7 +43,6 @@ Status find_capacities(const BudgetInputs& inputs, const BudgetOptions& options,
         "what fits, and how fast: give --machine, or --device-memory, --host-memory and "
         "--disk-space");
   }
-  return {};
 }
 
 Status find_weights(const BudgetInputs& inputs, const BudgetOptions& options, BudgetPlan& plan) {
@@ -240,7 +239,8 @@ void state_assumptions(const BudgetInputs& inputs, const BudgetOptions& options,
   if (options.gpus > 1) {
     lines.push_back(
         "KV heads are divided among GPUs, rounded up; MLA's vector and an indexer's keys are whole "
-        "on each; host and disk keep one copy; communication between GPUs takes no time");
+        "on each; host and disk keep one copy; each GPU has its own link, and talking to others "
+        "takes no time");
   }
   lines.push_back("reuse: " + reuse_of(inputs, options).described());
   lines.push_back(
@@ -286,7 +286,7 @@ Result<BudgetPlan> plan_budget(const BudgetInputs& inputs, const BudgetOptions& 
   BudgetPlan plan;
   plan.bytes = sequence_bytes(inputs.model, options, inputs.selectors);
   KVTIER_RETURN_IF_ERROR(find_weights(inputs, options, plan));
-  KVTIER_RETURN_IF_ERROR(find_capacities(inputs, options, plan));
+  find_capacities(inputs, options, plan);
   state_assumptions(inputs, options, plan);
   if (plan.capacities_known) {
     plan.fit = fit_memory(plan.bytes, plan.weight_bytes, plan.capacities, options);
@@ -297,13 +297,17 @@ Result<BudgetPlan> plan_budget(const BudgetInputs& inputs, const BudgetOptions& 
                             rates.assumptions.end());
     const StepClock clock(inputs, options, rates, plan.weight_bytes);
     plan.full = full_step(inputs.model, options, rates, plan.weight_bytes);
-    // Where all of it is resident nothing has to be chosen, and the faster of the two is taken.
-    plan.step = clock.at(plan.fit.device_share, plan.fit.host_share);
-    if (plan.fit.device_share >= 1 && plan.full->total() < plan.step->total()) {
-      plan.step = plan.full;
+    if (plan.capacities_known && plan.fit.fits()) {
+      // Where all of it is resident nothing has to be chosen, and the faster of the two is taken.
+      plan.step = clock.at(plan.fit.device_share, plan.fit.host_share);
+      if (plan.fit.device_share >= 1 && plan.full->total() < plan.step->total()) {
+        plan.step = plan.full;
+      }
+      value_memory(options, clock, plan);
+    } else if (plan.capacities_known) {
+      plan.unanswered.push_back("the time of a step, and what memory is worth: it does not fit");
     }
     draw_curve(options, clock, plan);
-    value_memory(options, clock, plan);
     answer_prefix(inputs, options, rates, plan);
   } else {
     plan.unanswered.push_back("times: give --machine");

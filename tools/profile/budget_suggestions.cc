@@ -137,9 +137,9 @@ std::vector<Suggestion> suggest(const BudgetInputs& inputs, const BudgetOptions&
   }
   if (!options.trace_path.empty() && plan.fit.device_share > 0 && plan.fit.device_share < 1) {
     suggestions.push_back(
-        {fmt::format("kvtier replay {} --selector '{}' --budget {} --device-capacity {:.1f}%",
-                     options.trace_path, options.selector, options.budget.text(),
-                     100 * plan.fit.device_share),
+        {fmt::format("kvtier replay {} --selector {} --budget {} --device-capacity {:.1f}%",
+                     shell_word(options.trace_path), shell_word(options.selector),
+                     options.budget.text(), 100 * plan.fit.device_share),
          "the same share of the device, live, with recall and output error"});
   }
   return suggestions;
