@@ -1,0 +1,373 @@
+#include "kernels/radix_cut.cuh"
+#include "kernels/resolve_slots.h"
+#include "kernels/top_k.h"
+
+#include <algorithm>
+
+// Two kernels: one looks every choice up, a CTA a list, and marks what is used; when all marks are
+// set, one CTA goes through what is missing, in the order of lists and choices, and through the
+// slots from the hand on, a chunk of threads at a time. Counts over a chunk (sum_before) stand for
+// the order in which one thread would have met them, so the answer is that of the plain loop
+// (resolve_slots_reference) to the last slot.
+
+namespace kvtier {
+namespace {
+
+constexpr unsigned kLookupThreads = 256;
+constexpr unsigned kPlaceThreads = 1024;
+constexpr std::uint32_t kMaxLists = 1024;
+
+struct Arguments {
+  SlotMap map;
+  BlockPlaces places;
+  std::uint32_t lists;
+  std::uint32_t k;
+  std::uint32_t tokens_per_block;
+  const std::uint32_t* chosen;
+  SlotRange* ranges;
+  std::uint32_t* begins;
+  std::uint32_t* hit_counts;
+  std::uint32_t* miss_begins;
+  std::uint32_t* miss_counts;
+  std::uint32_t* all_counts;
+  std::uint32_t* missing;
+  BlockMove* moves;
+  std::uint32_t* move_count;
+  std::uint64_t* move_seeds;
+  std::uint64_t* move_sums;
+  std::uint32_t* moved_blocks;
+  std::uint32_t* moved_lists;
+  FailedBlock* failed;
+  std::uint32_t* failed_count;
+
+  __device__ std::uint32_t extent_of(std::uint32_t list, std::uint32_t cell) const {
+    const std::uint32_t at = cell / places.blocks_per_extent;
+    return at < places.extents_max ? places.extents[std::size_t{list} * places.extents_max + at]
+                                   : kNoBlock;
+  }
+  /// `kNoBlock` where the tables have none.
+  __device__ std::uint32_t block_of(std::uint32_t list, std::uint32_t cell) const {
+    const std::uint32_t extent = extent_of(list, cell);
+    if (extent >= places.extent_count) return kNoBlock;
+    const std::uint64_t block =
+        std::uint64_t{extent} * places.blocks_per_extent + cell % places.blocks_per_extent;
+    return block < map.blocks ? static_cast<std::uint32_t>(block) : kNoBlock;
+  }
+  __device__ std::uint32_t generation_of(std::uint32_t block) const {
+    return places.generations[block / places.blocks_per_extent];
+  }
+  __device__ std::uint32_t slot_of(std::uint32_t block) const {
+    if (block == kNoBlock) return kNoSlot;
+    const MapEntry entry = map.entries[block];
+    return entry.generation == generation_of(block) && entry.slot < map.slots ? entry.slot
+                                                                              : kNoSlot;
+  }
+  __device__ SlotRange range(std::uint32_t slot, std::uint32_t cell) const {
+    return {slot, cell * tokens_per_block, 0, static_cast<std::uint16_t>(tokens_per_block)};
+  }
+};
+
+__device__ std::uint32_t used_mark(std::uint32_t step) { return 2 * step + 1; }
+
+__global__ void __launch_bounds__(kLookupThreads)
+    lookup_kernel(const __grid_constant__ Arguments a) {
+  __shared__ std::uint32_t scratch[kLookupThreads / kWarpLanes];
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  const std::uint32_t list = blockIdx.x;
+  const std::size_t first = std::size_t{list} * a.k;
+  const std::uint32_t mark = used_mark(a.map.clock->step + 1);
+  std::uint32_t hits = 0;
+  std::uint32_t misses = 0;
+  for (std::uint32_t at = 0; at < a.k; at += kLookupThreads) {
+    const std::uint32_t i = at + threadIdx.x;
+    const std::uint32_t cell = i < a.k ? a.chosen[first + i] : kNoIndex;
+    const bool wanted = cell != kNoIndex;
+    const std::uint32_t block = wanted ? a.block_of(list, cell) : kNoBlock;
+    const std::uint32_t slot = a.slot_of(block);
+    const bool hit = slot != kNoSlot;
+    if (hit && a.map.marks[slot] != SlotMap::kHeld) a.map.marks[slot] = mark;
+    if (wanted && !hit && block != kNoBlock) {
+      atomicMin(a.map.owners + block, static_cast<std::uint32_t>(first + i));
+    }
+    std::uint32_t all;
+    const std::uint32_t before = sum_before<kLookupThreads>(
+        (hit ? 1u : 0u) | (wanted && !hit ? 0x10000u : 0u), scratch, all);
+    if (hit) a.ranges[first + hits + (before & 0xFFFF)] = a.range(slot, cell);
+    if (wanted && !hit) a.missing[first + misses + (before >> 16)] = i;
+    hits += all & 0xFFFF;
+    misses += all >> 16;
+  }
+  if (threadIdx.x > 0) return;
+  a.begins[list] = static_cast<std::uint32_t>(first);
+  a.hit_counts[list] = hits;
+  a.miss_begins[list] = static_cast<std::uint32_t>(first) + hits;
+  a.miss_counts[list] = misses;
+  a.all_counts[list] = hits + misses;
+}
+
+/// One miss of the step: choice `i` of `list`.
+struct Miss {
+  std::uint32_t list;
+  std::uint32_t place;  ///< Among the list's misses.
+  std::uint32_t i;
+  std::uint32_t cell;
+  std::uint32_t block;
+};
+
+/// What the one CTA that places misses shares.
+struct Shared {
+  std::uint32_t scratch[kPlaceThreads / kWarpLanes];
+  std::uint32_t begins[kMaxLists];  ///< Misses of all lists before each.
+  std::uint32_t failed;
+};
+
+__device__ Miss find_miss(const Arguments& a, const std::uint32_t* begins, std::uint32_t at) {
+  std::uint32_t list = 0;
+  for (std::uint32_t half = kMaxLists / 2; half > 0; half /= 2) {
+    if (list + half < a.lists && begins[list + half] <= at) list += half;
+  }
+  Miss miss;
+  miss.list = list;
+  miss.place = at - begins[list];
+  miss.i = a.missing[std::size_t{list} * a.k + miss.place];
+  miss.cell = a.chosen[std::size_t{list} * a.k + miss.i];
+  miss.block = a.block_of(list, miss.cell);
+  return miss;
+}
+
+__device__ void fail(const Arguments& a, Shared& shared, std::uint32_t block, std::uint32_t list,
+                     FetchState state) {
+  a.failed[atomicAdd(&shared.failed, 1u)] = {block, list, state};
+}
+
+/// Lists the distinct blocks that can be fetched, in order; returns how many.
+__device__ std::uint32_t list_moves(const Arguments& a, Shared& shared, std::uint32_t misses) {
+  std::uint32_t wanted = 0;
+  for (std::uint32_t first = 0; first < misses; first += kPlaceThreads) {
+    const std::uint32_t at = first + threadIdx.x;
+    bool mine = false;
+    Miss miss = {};
+    if (at < misses) {
+      miss = find_miss(a, shared.begins, at);
+      const auto entry = static_cast<std::uint32_t>(std::size_t{miss.list} * a.k + miss.i);
+      if (miss.block == kNoBlock) {
+        fail(a, shared, kNoBlock, miss.list, FetchState::kOutOfRange);
+      } else if (a.map.owners[miss.block] == entry) {
+        mine = a.places.frames[miss.block / a.places.blocks_per_extent] != kNoFrame;
+        if (!mine) fail(a, shared, miss.block, miss.list, FetchState::kNotInHost);
+      }
+    }
+    std::uint32_t all;
+    const std::uint32_t before = sum_before<kPlaceThreads>(mine ? 1u : 0u, shared.scratch, all);
+    if (mine) {
+      a.moved_blocks[wanted + before] = miss.block;
+      a.moved_lists[wanted + before] = miss.list;
+    }
+    wanted += all;
+  }
+  __syncthreads();
+  return wanted;
+}
+
+__device__ void take_slot(const Arguments& a, std::uint32_t slot, std::uint32_t move,
+                          std::uint32_t mark) {
+  const std::uint32_t block = a.moved_blocks[move];
+  const std::uint32_t extent = block / a.places.blocks_per_extent;
+  a.map.entries[block] = {slot, a.places.generations[extent]};
+  a.map.residents[slot] = block;
+  a.map.marks[slot] = mark;
+  a.moves[move] = {a.places.frames[extent] * std::uint64_t{a.places.frame_bytes} +
+                       a.places.header_bytes +
+                       block % a.places.blocks_per_extent * std::uint64_t{a.places.block_bytes},
+                   slot * std::uint64_t{a.places.block_bytes}};
+  if (a.places.seeds != nullptr) {
+    a.move_seeds[move] = a.places.seeds[block];
+    a.move_sums[move] = a.places.sums[block];
+  }
+}
+
+/// Gives slots to the first moves; returns how many got one. The hand goes round twice at most: by
+/// then every slot that may go has lost its second chance.
+__device__ std::uint32_t turn_clock(const Arguments& a, Shared& shared, std::uint32_t wanted,
+                                    std::uint32_t step) {
+  const std::uint32_t slots = a.map.slots;
+  if (slots == 0 || wanted == 0) return 0;
+  const std::uint32_t hand = a.map.clock->hand;
+  const std::uint32_t chunk = min(kPlaceThreads, slots);
+  std::uint32_t found = 0;
+  std::uint64_t passed = 0;
+  while (found < wanted && passed < 2 * std::uint64_t{slots}) {
+    const std::uint64_t left = 2 * std::uint64_t{slots} - passed;
+    const bool looks = threadIdx.x < min(static_cast<std::uint64_t>(chunk), left);
+    const auto slot = static_cast<std::uint32_t>((hand + passed + threadIdx.x) % slots);
+    const std::uint32_t mark = looks ? a.map.marks[slot] : SlotMap::kHeld;
+    const std::uint32_t resident = looks ? a.map.residents[slot] : kNoBlock;
+    const bool fixed = mark == SlotMap::kHeld || mark / 2 == step;
+    const bool free = resident == kNoBlock;
+    const bool goes = !fixed && (free || mark % 2 == 0);
+    std::uint32_t all;
+    const std::uint32_t before = sum_before<kPlaceThreads>(goes ? 1u : 0u, shared.scratch, all);
+    // Slots behind the last one needed are not passed.
+    const bool reached = found + before < wanted;
+    if (reached && !fixed && !goes) a.map.marks[slot] = mark - 1;
+    if (reached && goes && !free && a.map.entries[resident].slot == slot) {
+      a.map.entries[resident].slot = kNoSlot;
+    }
+    // A block can be among the victims, under an older generation, and among those that come.
+    __syncthreads();
+    if (reached && goes) take_slot(a, slot, found + before, used_mark(step));
+    const bool last = reached && looks && found + before + (goes ? 1u : 0u) == wanted && goes;
+    std::uint32_t ended;
+    sum_before<kPlaceThreads>(last ? threadIdx.x + 1 : 0u, shared.scratch, ended);
+    passed += ended > 0 ? ended : static_cast<std::uint32_t>(min(std::uint64_t{chunk}, left));
+    found += all;
+  }
+  if (threadIdx.x == 0) {
+    a.map.clock->hand = static_cast<std::uint32_t>((hand + passed) % slots);
+  }
+  return min(found, wanted);
+}
+
+__global__ void __launch_bounds__(kPlaceThreads) place_kernel(const __grid_constant__ Arguments a) {
+  __shared__ Shared shared;
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  const std::uint32_t step = a.map.clock->step + 1;
+  const std::uint32_t of_list = threadIdx.x < a.lists ? a.miss_counts[threadIdx.x] : 0;
+  std::uint32_t misses;
+  shared.begins[threadIdx.x] = sum_before<kPlaceThreads>(of_list, shared.scratch, misses);
+  if (threadIdx.x == 0) shared.failed = 0;
+  __syncthreads();
+  const std::uint32_t wanted = list_moves(a, shared, misses);
+  const std::uint32_t found = turn_clock(a, shared, wanted, step);
+  for (std::uint32_t i = found + threadIdx.x; i < wanted; i += kPlaceThreads) {
+    fail(a, shared, a.moved_blocks[i], a.moved_lists[i], FetchState::kNoSlot);
+  }
+  __syncthreads();
+  for (std::uint32_t at = threadIdx.x; at < misses; at += kPlaceThreads) {
+    const Miss miss = find_miss(a, shared.begins, at);
+    a.ranges[a.miss_begins[miss.list] + miss.place] = a.range(a.slot_of(miss.block), miss.cell);
+    if (miss.block != kNoBlock) a.map.owners[miss.block] = SlotMap::kNobody;
+  }
+  if (threadIdx.x > 0) return;
+  a.map.clock->step = step;
+  *a.move_count = found;
+  *a.failed_count = shared.failed;
+}
+
+struct SettleArguments {
+  const MoveState* states;
+  FetchReport* report;
+  FailedBlock* failed_blocks;
+  std::uint32_t failed_max;
+};
+
+__global__ void __launch_bounds__(kPlaceThreads)
+    settle_kernel(const __grid_constant__ Arguments a, const __grid_constant__ SettleArguments s) {
+  __shared__ Shared shared;
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  const std::uint32_t moves = *a.move_count;
+  const std::uint32_t unplaced = *a.failed_count;
+  if (threadIdx.x == 0) shared.failed = unplaced;
+  for (std::uint32_t i = threadIdx.x; i < min(unplaced, s.failed_max); i += kPlaceThreads) {
+    s.failed_blocks[i] = a.failed[i];
+  }
+  __syncthreads();
+  for (std::uint32_t i = threadIdx.x; i < moves; i += kPlaceThreads) {
+    if (s.states[i] == MoveState::kMoved) continue;
+    const std::uint32_t block = a.moved_blocks[i];
+    const std::uint32_t slot = a.map.entries[block].slot;
+    a.map.entries[block].slot = kNoSlot;
+    a.map.residents[slot] = kNoBlock;
+    a.map.marks[slot] = 0;
+    const std::uint32_t place = atomicAdd(&shared.failed, 1u);
+    if (place < s.failed_max) {
+      s.failed_blocks[place] = {block, a.moved_lists[i], static_cast<FetchState>(s.states[i])};
+    }
+  }
+  std::uint32_t hits;
+  std::uint32_t misses;
+  const bool is_list = threadIdx.x < a.lists;
+  sum_before<kPlaceThreads>(is_list ? a.hit_counts[threadIdx.x] : 0, shared.scratch, hits);
+  sum_before<kPlaceThreads>(is_list ? a.miss_counts[threadIdx.x] : 0, shared.scratch, misses);
+  if (threadIdx.x > 0) return;
+  *s.report = {a.map.clock->step, hits, misses, moves - (shared.failed - unplaced), shared.failed};
+}
+
+Arguments arguments_of(const ResolveParams& params) {
+  return {.map = params.map,
+          .places = params.places,
+          .lists = params.lists,
+          .k = params.k,
+          .tokens_per_block = params.tokens_per_block,
+          .chosen = params.chosen,
+          .ranges = params.ranges,
+          .begins = params.begins,
+          .hit_counts = params.hit_counts,
+          .miss_begins = params.miss_begins,
+          .miss_counts = params.miss_counts,
+          .all_counts = params.all_counts,
+          .missing = params.missing,
+          .moves = params.moves,
+          .move_count = params.move_count,
+          .move_seeds = params.move_seeds,
+          .move_sums = params.move_sums,
+          .moved_blocks = params.moved_blocks,
+          .moved_lists = params.moved_lists,
+          .failed = params.failed,
+          .failed_count = params.failed_count};
+}
+
+Status check_shape(const ResolveParams& params) {
+  if (params.lists <= kMaxLists && params.places.blocks_per_extent > 0 &&
+      std::uint64_t{params.lists} * params.k < SlotMap::kNobody) {
+    return {};
+  }
+  return unsupported(
+      fmt::format("resolving {} lists of {} choices, {} blocks an extent; expected "
+                  "up to {} lists",
+                  params.lists, params.k, params.places.blocks_per_extent, kMaxLists));
+}
+
+}  // namespace
+
+Status resolve_slots(const Gpu& gpu, const ResolveParams& params, StreamRef stream) {
+  KVTIER_RETURN_IF_ERROR(check_shape(params));
+  if (params.lists == 0) return {};
+  Arguments arguments = arguments_of(params);
+  void* pointers[] = {&arguments};
+  const bool early = gpu.traits().capability >= 90;
+  KVTIER_RETURN_IF_ERROR(gpu.launch({.kernel = reinterpret_cast<const void*>(&lookup_kernel),
+                                     .grid = {params.lists, 1, 1},
+                                     .threads = kLookupThreads,
+                                     .arguments = pointers,
+                                     .stream = stream.get(),
+                                     .early = false},
+                                    "resolve_slots"));
+  return gpu.launch({.kernel = reinterpret_cast<const void*>(&place_kernel),
+                     .grid = {1, 1, 1},
+                     .threads = kPlaceThreads,
+                     .arguments = pointers,
+                     .stream = stream.get(),
+                     .early = early},
+                    "resolve_slots");
+}
+
+Status settle_fetch(const Gpu& gpu, const ResolveParams& params, const SettleParams& settle,
+                    StreamRef stream) {
+  KVTIER_RETURN_IF_ERROR(check_shape(params));
+  if (params.lists == 0) return {};
+  Arguments arguments = arguments_of(params);
+  SettleArguments second = {settle.states, settle.report, settle.failed_blocks, settle.failed_max};
+  void* pointers[] = {&arguments, &second};
+  return gpu.launch({.kernel = reinterpret_cast<const void*>(&settle_kernel),
+                     .grid = {1, 1, 1},
+                     .threads = kPlaceThreads,
+                     .arguments = pointers,
+                     .stream = stream.get()},
+                    "settle_fetch");
+}
+
+}  // namespace kvtier

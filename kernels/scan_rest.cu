@@ -1,0 +1,216 @@
+#include "kernels/kv_view.h"
+#include "kernels/scan_codes.h"
+#include "kernels/tensor_core.cuh"
+
+#include <algorithm>
+
+// Mean values by the weights of what is not chosen. A run of which nothing is chosen counts with
+// the sum that the scan left; only of the others are cells looked at. CTAs of a list take runs by
+// the piece and leave partial sums, which a second kernel adds in one order.
+
+namespace kvtier {
+namespace {
+
+constexpr unsigned kThreads = 128;
+constexpr unsigned kPieceRuns = 32;
+constexpr unsigned kMaxGroup = 8;
+constexpr unsigned kMaxRestParts = 64;
+/// Behind the sums of a part: their weight, and padding to 16 bytes.
+constexpr unsigned kWeightPad = 4;
+
+struct Arguments {
+  const float* cells;
+  const float* tops;
+  const float* sums;
+  const float* lse2;
+  const float* scores;
+  const std::uint8_t* touched;
+  const std::byte* means;
+  const std::uint32_t* run_counts;
+  float* parts;
+  const std::uint8_t* rows;
+  float* out;
+  float* lse;
+  std::uint32_t lists_per_sequence;
+  std::uint32_t runs_max;
+  std::uint32_t group;
+  std::uint32_t cells_per_run;
+  std::uint32_t value_dim;
+  std::uint32_t part_count;
+
+  __device__ float* part(std::uint32_t list, std::uint32_t part, std::uint32_t query) const {
+    return parts +
+           ((std::size_t{list} * part_count + part) * group + query) * (value_dim + kWeightPad);
+  }
+};
+
+/// The weight of a run's cells that are not chosen, relative to all tokens.
+__device__ float rest_of_run(const Arguments& a, std::uint32_t list, std::uint32_t run,
+                             std::uint32_t query, float lse2) {
+  const std::size_t place = std::size_t{list} * a.runs_max + run;
+  const float scale = exp2f(a.tops[place * a.group + query] - lse2);
+  if (a.touched[place] == 0) return scale * a.sums[place * a.group + query];
+  const std::uint32_t cells_max = a.runs_max * a.cells_per_run;
+  const std::size_t first = std::size_t{run} * a.cells_per_run;
+  const float* scores = a.scores + std::size_t{list} * cells_max + first;
+  const float* weights = a.cells + (std::size_t{list} * a.group + query) * cells_max + first;
+  float sum = 0.0f;
+  for (std::uint32_t i = 0; i < a.cells_per_run; i += 4) {
+    const float4 score = *reinterpret_cast<const float4*>(scores + i);
+    const float4 weight = *reinterpret_cast<const float4*>(weights + i);
+    // A negative score is a chosen one; not-a-number is none.
+    sum += score.x < 0.0f ? 0.0f : weight.x;
+    sum += score.y < 0.0f ? 0.0f : weight.y;
+    sum += score.z < 0.0f ? 0.0f : weight.z;
+    sum += score.w < 0.0f ? 0.0f : weight.w;
+  }
+  return scale * sum;
+}
+
+template <typename Element>
+__global__ void __launch_bounds__(kThreads) sum_rest_kernel(const __grid_constant__ Arguments a) {
+  __shared__ float weights[kMaxGroup][kPieceRuns];
+  __shared__ float2 shared_sums[kThreads];
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  const std::uint32_t list = blockIdx.y;
+  const std::uint32_t runs = min(a.run_counts[list / a.lists_per_sequence], a.runs_max);
+  // A thread sums two values of every so many-th run, for all queries.
+  const unsigned pairs = a.value_dim / 2;
+  const unsigned ways = kThreads / pairs;
+  const unsigned way = threadIdx.x / pairs;
+  const unsigned pair = threadIdx.x % pairs;
+  float2 sums[kMaxGroup] = {};
+  float total = 0.0f;  // Of query threadIdx.x.
+  for (std::uint32_t first = blockIdx.x * kPieceRuns; first < runs;
+       first += gridDim.x * kPieceRuns) {
+    const std::uint32_t count = min(kPieceRuns, runs - first);
+    __syncthreads();
+    for (unsigned i = threadIdx.x; i < kPieceRuns * a.group; i += kThreads) {
+      const unsigned query = i % a.group;
+      const unsigned run = i / a.group;
+      const float lse2 = a.lse2[std::size_t{list} * a.group + query];
+      weights[query][run] = run < count ? rest_of_run(a, list, first + run, query, lse2) : 0.0f;
+    }
+    __syncthreads();
+    const auto* means = reinterpret_cast<const std::uint32_t*>(a.means) +
+                        (std::size_t{list} * a.runs_max + first) * pairs + pair;
+#pragma unroll 8
+    for (unsigned run = way; run < count; run += ways) {
+      const float2 mean = TensorCore<Element>::unpack(means[std::size_t{run} * pairs]);
+#pragma unroll
+      for (unsigned query = 0; query < kMaxGroup; ++query) {
+        if (query >= a.group) break;
+        const float weight = weights[query][run];
+        // Weight of nothing, mean of what is not there: not to be mixed.
+        if (weight == 0.0f) continue;
+        sums[query].x += weight * mean.x;
+        sums[query].y += weight * mean.y;
+      }
+    }
+    if (threadIdx.x < a.group) {
+      for (unsigned run = 0; run < count; ++run) total += weights[threadIdx.x][run];
+    }
+  }
+#pragma unroll
+  for (unsigned query = 0; query < kMaxGroup; ++query) {
+    if (query >= a.group) break;
+    __syncthreads();
+    shared_sums[threadIdx.x] = sums[query];
+    __syncthreads();
+    if (way > 0) continue;
+    float2 sum = sums[query];
+    for (unsigned w = 1; w < ways; ++w) {
+      sum.x += shared_sums[w * pairs + pair].x;
+      sum.y += shared_sums[w * pairs + pair].y;
+    }
+    *reinterpret_cast<float2*>(a.part(list, blockIdx.x, query) + 2 * pair) = sum;
+  }
+  if (threadIdx.x < a.group) {
+    a.part(list, blockIdx.x, threadIdx.x)[a.value_dim] = total;
+  }
+}
+
+/// CTA (list, query), a thread per value.
+__global__ void __launch_bounds__(kThreads)
+    finish_rest_kernel(const __grid_constant__ Arguments a) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  const std::uint32_t list = blockIdx.x;
+  const std::uint32_t query = blockIdx.y;
+  const std::size_t row = std::size_t{list} * a.group + query;
+  float total = 0.0f;
+  float sum = 0.0f;
+#pragma unroll 4
+  for (std::uint32_t p = 0; p < a.part_count; ++p) {
+    const float* part = a.part(list, p, query);
+    total += part[a.value_dim];
+    if (threadIdx.x < a.value_dim) sum += part[threadIdx.x];
+  }
+  // Too little for float32 is nothing. What is not a number compares as false, and stays.
+  const bool left_out = a.rows != nullptr && a.rows[row] == 0 && total == total;
+  const bool empty = left_out || total < 1e-37f;
+  if (threadIdx.x < a.value_dim) {
+    a.out[row * a.value_dim + threadIdx.x] = empty ? 0.0f : sum / total;
+  }
+  if (threadIdx.x == 0) a.lse[row] = empty ? kEmptyLse : a.lse2[row] * kLn2 + logf(total);
+}
+
+}  // namespace
+
+std::uint32_t rest_parts(const Gpu& gpu, const ScanParams& params) {
+  const std::uint32_t useful = (params.runs_max + kPieceRuns - 1) / kPieceRuns;
+  const std::uint32_t fair = 4 * gpu.traits().multiprocessors / std::max(1u, params.lists);
+  return std::max(1u, std::min({useful, fair, kMaxRestParts}));
+}
+
+Status estimate_rest(const Gpu& gpu, const ScanParams& params, const ScanRestParams& rest,
+                     StreamRef stream) {
+  const bool shape = params.group <= kMaxGroup && params.lists <= 65535 &&
+                     (params.value_dim == 64 || params.value_dim == 128) &&
+                     params.codes.dtype != DType::kF32 && params.tokens_per_cell > 0 &&
+                     params.tokens_per_cell <= 16;
+  if (!shape) {
+    return unsupported(fmt::format("an estimate on the GPU of {} values of {} for {} query heads",
+                                   to_string(params.codes.dtype), params.value_dim, params.group));
+  }
+  if (params.lists == 0 || params.runs_max == 0) return {};
+  const ScanWeights& weights = params.weights;
+  Arguments arguments = {.cells = weights.cells,
+                         .tops = weights.tops,
+                         .sums = weights.sums,
+                         .lse2 = weights.lse2,
+                         .scores = weights.scores,
+                         .touched = weights.touched,
+                         .means = params.value_means,
+                         .run_counts = params.run_counts,
+                         .parts = weights.rest,
+                         .rows = rest.rows,
+                         .out = rest.out,
+                         .lse = rest.lse,
+                         .lists_per_sequence = params.lists_per_sequence,
+                         .runs_max = params.runs_max,
+                         .group = params.group,
+                         .cells_per_run = DeviceCodes::kRunTokens / params.tokens_per_cell,
+                         .value_dim = params.value_dim,
+                         .part_count = rest_parts(gpu, params)};
+  void* pointers[] = {&arguments};
+  const void* kernel = params.codes.dtype == DType::kF16
+                           ? reinterpret_cast<const void*>(&sum_rest_kernel<__half>)
+                           : reinterpret_cast<const void*>(&sum_rest_kernel<__nv_bfloat16>);
+  KVTIER_RETURN_IF_ERROR(gpu.launch({.kernel = kernel,
+                                     .grid = {arguments.part_count, params.lists, 1},
+                                     .threads = kThreads,
+                                     .arguments = pointers,
+                                     .stream = stream.get()},
+                                    "estimate_rest"));
+  return gpu.launch({.kernel = reinterpret_cast<const void*>(&finish_rest_kernel),
+                     .grid = {params.lists, params.group, 1},
+                     .threads = kThreads,
+                     .arguments = pointers,
+                     .stream = stream.get(),
+                     .early = gpu.traits().capability >= 90},
+                    "estimate_rest");
+}
+
+}  // namespace kvtier
