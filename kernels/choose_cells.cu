@@ -4,20 +4,23 @@
 
 #include <algorithm>
 
-// The first digit of the k-th score is known from the counts of pool_scan. One kernel collects the
-// cells that reach that digit, parts of a list side by side, each in index order in a place of its
-// own; a second one, a CTA a list, finds the other two digits among them and takes what is above
-// and the first of what is equal, again in index order.
+// The first digit of the k-th score is known from the counts of pool_scan. The cells that reach
+// that digit are collected in index order, and a CTA a list finds the other two digits among them
+// and takes what is above and the first of what is equal, again in index order. Long lists are
+// collected by a kernel of its own, in parts side by side; short ones by the CTA that chooses,
+// because a launch costs more than 16,384 scores from the L2 cache.
 
 namespace kvtier {
 namespace {
 
 constexpr unsigned kCollectThreads = 256;
 constexpr unsigned kCells = 4;  ///< That a thread looks at together: 16 bytes.
-constexpr unsigned kPickThreads = 1024;
+constexpr unsigned kPickThreads = 512;
 constexpr unsigned kMaxParts = 64;
 /// Candidates that are kept in shared memory; more are read from where they were collected.
 constexpr std::uint32_t kKept = 4096;
+/// Up to this length a list is collected by the CTA that chooses.
+constexpr std::size_t kShortList = 32768;
 
 struct Arguments {
   float* scores;
@@ -49,50 +52,60 @@ struct Arguments {
   }
 };
 
+/// Collects the cells [begin, end) that reach the cut: store(place, candidate) in index order.
+/// Returns how many there are.
+template <unsigned kThreads, typename Store>
+__device__ std::uint32_t collect(const Arguments& a, std::uint32_t list, const Cut& cut,
+                                 std::uint32_t begin, std::uint32_t end, std::uint32_t* scratch,
+                                 const Store& store) {
+  const float* scores = a.scores + std::size_t{list} * a.cells_max();
+  std::uint32_t taken = 0;
+  float4 next = {};
+  const std::uint32_t first = begin + threadIdx.x * kCells;
+  if (first < end) next = *reinterpret_cast<const float4*>(scores + first);
+  for (std::uint32_t at = begin; at < end; at += kThreads * kCells) {
+    const std::uint32_t cell = at + threadIdx.x * kCells;
+    const float4 x = next;
+    const std::uint32_t behind = cell + kThreads * kCells;
+    if (behind < end) next = *reinterpret_cast<const float4*>(scores + behind);
+    std::uint32_t keys[kCells] = {key_of(x.x), key_of(x.y), key_of(x.z), key_of(x.w)};
+    std::uint32_t mine = 0;
+#pragma unroll
+    for (unsigned i = 0; i < kCells; ++i) {
+      if (cell >= end || cell + i < a.sink_cells || keys[i] < cut.prefix) keys[i] = 0;
+      mine += keys[i] != 0 ? 1 : 0;
+    }
+    // Most of a list is far below the cut.
+    if (!__syncthreads_or(mine > 0)) continue;
+    std::uint32_t all;
+    std::uint32_t place = taken + sum_before<kThreads>(mine, scratch, all);
+#pragma unroll
+    for (unsigned i = 0; i < kCells; ++i) {
+      if (keys[i] != 0) store(place++, std::uint64_t{keys[i]} << 32 | (cell + i));
+    }
+    taken += all;
+  }
+  return taken;
+}
+
 __global__ void __launch_bounds__(kCollectThreads)
     collect_cells_kernel(const __grid_constant__ Arguments a) {
-  __shared__ std::uint32_t scratch[kCollectThreads + 2];
+  __shared__ std::uint32_t scratch[kCollectThreads + 3];
   wait_for_previous_kernel();
   let_next_kernel_start();
   const std::uint32_t list = blockIdx.y;
   Cut cut;
   cut.left = a.wanted(list);
-  std::uint32_t* const part_count = a.part_counts + std::size_t{list} * a.parts + blockIdx.x;
-  if (cut.left == 0) {
-    if (threadIdx.x == 0) *part_count = 0;
-    return;
-  }
-  narrow<kCollectThreads>(cut, 0, a.bins + std::size_t{list} * kBins, scratch);
-  const std::uint32_t begin = a.part_begin(list, blockIdx.x);
-  const std::uint32_t end = a.part_begin(list, blockIdx.x + 1);
-  const float* scores = a.scores + std::size_t{list} * a.cells_max();
-  std::uint64_t* target = a.collected + std::size_t{list} * a.cells_max() + begin;
   std::uint32_t taken = 0;
-  for (std::uint32_t at = begin; at < end; at += kCollectThreads * kCells) {
-    const std::uint32_t cell = at + threadIdx.x * kCells;
-    std::uint32_t keys[kCells] = {};
-    if (cell < end) {
-      const float4 x = *reinterpret_cast<const float4*>(scores + cell);
-      keys[0] = key_of(x.x);
-      keys[1] = key_of(x.y);
-      keys[2] = key_of(x.z);
-      keys[3] = key_of(x.w);
-    }
-    std::uint32_t mine = 0;
-#pragma unroll
-    for (unsigned i = 0; i < kCells; ++i) {
-      if (cell + i < a.sink_cells || keys[i] < cut.prefix) keys[i] = 0;
-      mine += keys[i] != 0 ? 1 : 0;
-    }
-    std::uint32_t all;
-    std::uint32_t place = taken + sum_before<kCollectThreads>(mine, scratch, all);
-#pragma unroll
-    for (unsigned i = 0; i < kCells; ++i) {
-      if (keys[i] != 0) target[place++] = std::uint64_t{keys[i]} << 32 | (cell + i);
-    }
-    taken += all;
+  if (cut.left > 0) {
+    narrow<kCollectThreads>(cut, 0, a.bins + std::size_t{list} * kBins, scratch);
+    const std::uint32_t begin = a.part_begin(list, blockIdx.x);
+    std::uint64_t* const target = a.collected + std::size_t{list} * a.cells_max() + begin;
+    taken = collect<kCollectThreads>(
+        a, list, cut, begin, a.part_begin(list, blockIdx.x + 1), scratch,
+        [&](std::uint32_t place, std::uint64_t candidate) { target[place] = candidate; });
   }
-  if (threadIdx.x == 0) *part_count = taken;
+  if (threadIdx.x == 0) a.part_counts[std::size_t{list} * a.parts + blockIdx.x] = taken;
 }
 
 /// The candidates of one list in index order, wherever they are.
@@ -123,8 +136,8 @@ __device__ void write_choice(const Arguments& a, std::uint32_t list, const Candi
     const std::uint32_t i = at + threadIdx.x;
     const std::uint64_t candidate = i < count ? candidates.at(i) : 0;
     const auto key = static_cast<std::uint32_t>(candidate >> 32);
-    const bool is_above = i < count && key > cut.prefix;
-    const bool is_equal = i < count && key == cut.prefix;
+    const bool is_above = i < count && (key & cut.mask) > cut.prefix;
+    const bool is_equal = i < count && (key & cut.mask) == cut.prefix;
     std::uint32_t all;
     const std::uint32_t before =
         sum_before<kPickThreads>((is_above ? 1u : 0u) | (is_equal ? 0x10000u : 0u), scratch, all);
@@ -141,9 +154,37 @@ __device__ void write_choice(const Arguments& a, std::uint32_t list, const Candi
   }
 }
 
+/// Where a list's candidates are, collected here or by the kernel before.
+template <bool kCollected>
+__device__ std::uint32_t gather_candidates(const Arguments& a, std::uint32_t list, const Cut& cut,
+                                           std::uint32_t* begins, std::uint64_t* kept,
+                                           std::uint32_t* scratch) {
+  std::uint64_t* const collected = a.collected + std::size_t{list} * a.cells_max();
+  if constexpr (!kCollected) {
+    if (threadIdx.x == 0) begins[0] = 0;
+    return collect<kPickThreads>(a, list, cut, 0, a.cell_count(list), scratch,
+                                 [&](std::uint32_t place, std::uint64_t candidate) {
+                                   (place < kKept ? kept : collected)[place] = candidate;
+                                 });
+  } else {
+    std::uint32_t count;
+    const std::uint32_t of_part =
+        threadIdx.x < a.parts ? a.part_counts[std::size_t{list} * a.parts + threadIdx.x] : 0;
+    const std::uint32_t before = sum_before<kPickThreads>(of_part, scratch, count);
+    if (threadIdx.x < a.parts) begins[threadIdx.x] = before;
+    __syncthreads();
+    const Candidates candidates = {kept, collected, begins, a, list};
+    for (std::uint32_t i = threadIdx.x; i < min(count, kKept); i += kPickThreads) {
+      kept[i] = candidates.fetch(i);
+    }
+    return count;
+  }
+}
+
+template <bool kCollected>
 __global__ void __launch_bounds__(kPickThreads)
     pick_cells_kernel(const __grid_constant__ Arguments a) {
-  __shared__ std::uint32_t scratch[kPickThreads + 2];
+  __shared__ std::uint32_t scratch[kPickThreads + 3];
   __shared__ std::uint32_t counted[kBins];
   __shared__ std::uint32_t begins[kMaxParts + 1];
   __shared__ std::uint64_t kept[kKept];
@@ -155,21 +196,14 @@ __global__ void __launch_bounds__(kPickThreads)
     a.chosen[std::size_t{list} * a.k + i] = kNoIndex;
   }
   if (wanted == 0) return;
-  std::uint32_t count;
-  const std::uint32_t of_part =
-      threadIdx.x < a.parts ? a.part_counts[std::size_t{list} * a.parts + threadIdx.x] : 0;
-  const std::uint32_t before = sum_before<kPickThreads>(of_part, scratch, count);
-  if (threadIdx.x < a.parts) begins[threadIdx.x] = before;
-  __syncthreads();
-  const Candidates candidates = {kept, a.collected + std::size_t{list} * a.cells_max(), begins, a,
-                                 list};
-  for (std::uint32_t i = threadIdx.x; i < min(count, kKept); i += kPickThreads) {
-    kept[i] = candidates.fetch(i);
-  }
   Cut cut;
   cut.left = wanted;
   narrow<kPickThreads>(cut, 0, a.bins + std::size_t{list} * kBins, scratch);
-  for (unsigned digit = 1; digit < kDigits; ++digit) {
+  const std::uint32_t count = gather_candidates<kCollected>(a, list, cut, begins, kept, scratch);
+  const Candidates candidates = {kept, a.collected + std::size_t{list} * a.cells_max(), begins, a,
+                                 list};
+  // Where all that agree so far are taken, more digits say nothing new.
+  for (unsigned digit = 1; digit < kDigits && cut.left < cut.equal; ++digit) {
     for (unsigned bin = threadIdx.x; bin < kBins; bin += kPickThreads) counted[bin] = 0;
     __syncthreads();
     for (std::uint32_t i = threadIdx.x; i < count; i += kPickThreads) {
@@ -181,22 +215,27 @@ __global__ void __launch_bounds__(kPickThreads)
     __syncthreads();
     narrow<kPickThreads>(cut, digit, counted, scratch);
   }
+  __syncthreads();
   write_choice(a, list, candidates, count, cut, scratch);
 }
 
 struct Plan {
+  bool collects = false;  ///< A kernel of its own does.
   std::uint32_t parts = 1;
   std::size_t collected_offset = 0;
   std::size_t bytes = 0;
 };
 
 Plan plan_choice(const Gpu& gpu, const ScanParams& scan) {
-  constexpr std::size_t kLeastPart = 2048;
+  constexpr std::size_t kLeastPart = 4096;
   Plan plan;
+  plan.collects = scan.cells_max() > kShortList;
   const std::size_t useful = (scan.cells_max() + kLeastPart - 1) / kLeastPart;
   const std::size_t fair = 2 * gpu.traits().multiprocessors / std::max(1u, scan.lists);
-  plan.parts = static_cast<std::uint32_t>(
-      std::clamp(std::min(useful, fair), std::size_t{1}, std::size_t{kMaxParts}));
+  if (plan.collects) {
+    plan.parts = static_cast<std::uint32_t>(
+        std::clamp(std::min(useful, fair), std::size_t{1}, std::size_t{kMaxParts}));
+  }
   plan.collected_offset = (std::size_t{scan.lists} * plan.parts * 4 + 15) / 16 * 16;
   plan.bytes = plan.collected_offset + std::size_t{scan.lists} * scan.cells_max() * 8;
   return plan;
@@ -233,14 +272,19 @@ Status choose_cells(const Gpu& gpu, const ScanParams& scan, const ChooseCellsPar
       .k = params.k};
   void* pointers[] = {&arguments};
   const bool early = gpu.traits().capability >= 90;
-  KVTIER_RETURN_IF_ERROR(gpu.launch({.kernel = reinterpret_cast<const void*>(&collect_cells_kernel),
-                                     .grid = {plan.parts, scan.lists, 1},
-                                     .threads = kCollectThreads,
-                                     .arguments = pointers,
-                                     .stream = stream.get(),
-                                     .early = early},
-                                    "choose_cells"));
-  return gpu.launch({.kernel = reinterpret_cast<const void*>(&pick_cells_kernel),
+  const void* pick = reinterpret_cast<const void*>(&pick_cells_kernel<false>);
+  if (plan.collects) {
+    pick = reinterpret_cast<const void*>(&pick_cells_kernel<true>);
+    KVTIER_RETURN_IF_ERROR(
+        gpu.launch({.kernel = reinterpret_cast<const void*>(&collect_cells_kernel),
+                    .grid = {plan.parts, scan.lists, 1},
+                    .threads = kCollectThreads,
+                    .arguments = pointers,
+                    .stream = stream.get(),
+                    .early = early},
+                   "choose_cells"));
+  }
+  return gpu.launch({.kernel = pick,
                      .grid = {scan.lists, 1, 1},
                      .threads = kPickThreads,
                      .arguments = pointers,

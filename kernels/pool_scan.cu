@@ -135,7 +135,8 @@ Status pool_scan(const Gpu& gpu, const ScanParams& params, StreamRef stream) {
                      .grid = {static_cast<unsigned>(std::min(useful, fair)), params.lists, 1},
                      .threads = kThreads,
                      .arguments = pointers,
-                     .stream = stream.get()},
+                     .stream = stream.get(),
+                     .early = gpu.traits().capability >= 90},
                     "pool_scan");
 }
 

@@ -29,9 +29,10 @@ struct Cut {
   std::uint32_t prefix = 0;
   std::uint32_t mask = 0;
   std::uint32_t left = 0;
+  std::uint32_t equal = 0;  ///< How many agree with the digits found so far.
 };
 
-/// Finds the next digit from its counts. All `kThreads` threads call; `scratch` holds kThreads + 2
+/// Finds the next digit from its counts. All `kThreads` threads call; `scratch` holds kThreads + 3
 /// words of shared memory.
 template <unsigned kThreads>
 __device__ void narrow(Cut& cut, unsigned digit, const std::uint32_t* bins,
@@ -64,6 +65,7 @@ __device__ void narrow(Cut& cut, unsigned digit, const std::uint32_t* bins,
     if (above < cut.left && above + counts[i] >= cut.left) {
       scratch[kThreads] = bins_of(digit) - 1 - (threadIdx.x * mine + i);
       scratch[kThreads + 1] = above;
+      scratch[kThreads + 2] = counts[i];
     }
     above += counts[i];
   }
@@ -71,6 +73,7 @@ __device__ void narrow(Cut& cut, unsigned digit, const std::uint32_t* bins,
   cut.prefix |= scratch[kThreads] << shift_of(digit);
   cut.mask |= (bins_of(digit) - 1) << shift_of(digit);
   cut.left -= scratch[kThreads + 1];
+  cut.equal = scratch[kThreads + 2];
   __syncthreads();
 }
 

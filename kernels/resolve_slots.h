@@ -85,6 +85,16 @@ struct FetchReport {
   std::uint32_t failed = 0;   ///< Distinct blocks that did not; their lists' rows are NaN.
 };
 
+/// What the lookup leaves of a choice that is not resident.
+struct alignas(16) MissRecord {
+  std::uint32_t cell = 0;
+  std::uint32_t block = kNoBlock;
+  std::uint32_t generation = 0;
+  std::uint32_t frame = kNoFrame;
+  std::uint64_t seed = 0;
+  std::uint64_t sum = 0;
+};
+
 /// Turns choices into slots. Lists are [lists, k].
 struct ResolveParams {
   SlotMap map;
@@ -102,7 +112,7 @@ struct ResolveParams {
   std::uint32_t* miss_counts = nullptr;  ///< [lists]
   std::uint32_t* all_counts = nullptr;   ///< [lists]
 
-  std::uint32_t* missing = nullptr;  ///< [lists, k]: scratch, places of the misses in the choice.
+  MissRecord* missing = nullptr;  ///< [lists, k]: scratch, the misses in the order of the choice.
   /// [lists * k]: what `move_blocks` is given; in the order of lists and choices.
   BlockMove* moves = nullptr;
   std::uint32_t* move_count = nullptr;

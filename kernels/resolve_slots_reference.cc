@@ -90,7 +90,7 @@ void resolve_slots_reference(const ResolveParams& p) {
       const std::uint32_t cell = p.chosen[first + i];
       const std::uint32_t slot = slot_of(p, block_of(p, list, cell));
       if (slot == kNoSlot) {
-        p.missing[first + misses++] = i;
+        p.missing[first + misses++].cell = cell;
         continue;
       }
       if (map.marks[slot] != SlotMap::kHeld) map.marks[slot] = 2 * map.clock->step + 1;
@@ -107,7 +107,7 @@ void resolve_slots_reference(const ResolveParams& p) {
   std::uint64_t looks = 2 * std::uint64_t{map.slots};
   for (std::uint32_t list = 0; list < p.lists; ++list) {
     for (std::uint32_t m = 0; m < p.miss_counts[list]; ++m) {
-      const std::uint32_t cell = p.chosen[list * p.k + p.missing[list * p.k + m]];
+      const std::uint32_t cell = p.missing[list * p.k + m].cell;
       const std::uint32_t block = block_of(p, list, cell);
       if (block == kNoBlock) {
         p.failed[(*p.failed_count)++] = {kNoBlock, list, FetchState::kOutOfRange};

@@ -99,7 +99,10 @@ Result<ScanKernel> find_kernel(const ScanParams& params) {
 std::uint32_t scan_parts(const Gpu& gpu, const ScanParams& params) {
   const std::uint32_t ctas = params.group <= 4 ? 2 : 1;
   const std::uint32_t useful = (params.runs_max + kScanWarps - 1) / kScanWarps;
-  const std::uint32_t fair = ctas * gpu.traits().multiprocessors / std::max(1u, params.lists);
+  // An eighth of a CTA per multiprocessor is left to what runs beside: attention of the near
+  // tokens, which otherwise takes the place of CTAs that then start when all others end.
+  const std::uint32_t places = (8 * ctas - 1) * gpu.traits().multiprocessors / 8;
+  const std::uint32_t fair = places / std::max(1u, params.lists);
   return std::max(1u, std::min({useful, fair, kMaxScanParts}));
 }
 

@@ -12,6 +12,7 @@ namespace kvtier {
 namespace {
 
 constexpr unsigned kThreads = 128;
+constexpr unsigned kFinishWays = 4;
 constexpr unsigned kPieceRuns = 32;
 constexpr unsigned kMaxGroup = 8;
 constexpr unsigned kMaxRestParts = 64;
@@ -131,29 +132,39 @@ __global__ void __launch_bounds__(kThreads) sum_rest_kernel(const __grid_constan
   }
 }
 
-/// CTA (list, query), a thread per value.
-__global__ void __launch_bounds__(kThreads)
+/// CTA (list, query): a group of threads per kFinishWays-th part, a thread of it per value.
+__global__ void __launch_bounds__(kThreads* kFinishWays)
     finish_rest_kernel(const __grid_constant__ Arguments a) {
+  __shared__ float sums[kFinishWays][kThreads];
+  __shared__ float totals[kFinishWays];
   wait_for_previous_kernel();
   let_next_kernel_start();
   const std::uint32_t list = blockIdx.x;
   const std::uint32_t query = blockIdx.y;
   const std::size_t row = std::size_t{list} * a.group + query;
+  const unsigned way = threadIdx.x / kThreads;
+  const unsigned value = threadIdx.x % kThreads;
   float total = 0.0f;
   float sum = 0.0f;
-#pragma unroll 4
-  for (std::uint32_t p = 0; p < a.part_count; ++p) {
+#pragma unroll 8
+  for (std::uint32_t p = way; p < a.part_count; p += kFinishWays) {
     const float* part = a.part(list, p, query);
     total += part[a.value_dim];
-    if (threadIdx.x < a.value_dim) sum += part[threadIdx.x];
+    if (value < a.value_dim) sum += part[value];
+  }
+  sums[way][value] = sum;
+  if (value == 0) totals[way] = total;
+  __syncthreads();
+  if (way > 0) return;
+  for (unsigned w = 1; w < kFinishWays; ++w) {
+    sum += sums[w][value];
+    total += totals[w];
   }
   // Too little for float32 is nothing. What is not a number compares as false, and stays.
   const bool left_out = a.rows != nullptr && a.rows[row] == 0 && total == total;
   const bool empty = left_out || total < 1e-37f;
-  if (threadIdx.x < a.value_dim) {
-    a.out[row * a.value_dim + threadIdx.x] = empty ? 0.0f : sum / total;
-  }
-  if (threadIdx.x == 0) a.lse[row] = empty ? kEmptyLse : a.lse2[row] * kLn2 + logf(total);
+  if (value < a.value_dim) a.out[row * a.value_dim + value] = empty ? 0.0f : sum / total;
+  if (value == 0) a.lse[row] = empty ? kEmptyLse : a.lse2[row] * kLn2 + logf(total);
 }
 
 }  // namespace
@@ -206,7 +217,7 @@ Status estimate_rest(const Gpu& gpu, const ScanParams& params, const ScanRestPar
                                     "estimate_rest"));
   return gpu.launch({.kernel = reinterpret_cast<const void*>(&finish_rest_kernel),
                      .grid = {params.lists, params.group, 1},
-                     .threads = kThreads,
+                     .threads = kThreads * kFinishWays,
                      .arguments = pointers,
                      .stream = stream.get(),
                      .early = gpu.traits().capability >= 90},

@@ -67,7 +67,7 @@ __device__ Cut find_cut(const Arguments& a, std::uint32_t list, std::uint32_t co
 __global__ void __launch_bounds__(kThreads)
     count_digit_kernel(const __grid_constant__ Arguments a, unsigned digit) {
   __shared__ std::uint32_t counted[kBins];
-  __shared__ std::uint32_t scratch[kThreads + 2];
+  __shared__ std::uint32_t scratch[kThreads + 3];
   wait_for_previous_kernel();
   let_next_kernel_start();
   const std::uint32_t list = blockIdx.y;
@@ -101,7 +101,7 @@ __device__ std::uint64_t pack(std::uint32_t key, std::uint32_t index) {
 }
 
 __global__ void __launch_bounds__(kThreads) collect_kernel(const __grid_constant__ Arguments a) {
-  __shared__ std::uint32_t scratch[kThreads + 2];
+  __shared__ std::uint32_t scratch[kThreads + 3];
   __shared__ std::uint32_t equals[kThreads / kWarpLanes];
   wait_for_previous_kernel();
   let_next_kernel_start();

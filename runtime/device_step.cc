@@ -182,7 +182,7 @@ Status DeviceStep::attend(Part part, const DeviceStepTables& tables, StreamRef s
   return attend_slots(gpu_, params, stream);
 }
 
-Status DeviceStep::enqueue(const DeviceStepTables& tables, StreamRef stream) const {
+void DeviceStep::check(const DeviceStepTables& tables) const {
   const KvSlab& slab = tables.slab;
   KVTIER_CHECK(slab.dtype == shape_.dtype && slab.head_dim == shape_.head_dim &&
                    slab.value_dim == shape_.value_dim && slab.heads_per_block == 1 &&
@@ -193,27 +193,37 @@ Status DeviceStep::enqueue(const DeviceStepTables& tables, StreamRef stream) con
                "{} slots of {} bytes, the map has {} and blocks have {}", slab.slots,
                slab.block_bytes, tables.map.slots, tables.places.block_bytes);
   KVTIER_CHECK(!options_.verify || tables.places.seeds != nullptr, "no sums to verify blocks by");
+}
+
+Status DeviceStep::enqueue(const DeviceStepTables& tables, StreamRef stream) const {
+  check(tables);
   KVTIER_RETURN_IF_ERROR(select(tables, stream));
   return fetch_and_attend(tables, stream);
 }
 
-Status DeviceStep::select(const DeviceStepTables& tables, StreamRef stream) const {
+Status DeviceStep::enqueue_selection(const DeviceStepTables& tables, StreamRef stream) const {
+  check(tables);
+  return select(tables, stream);
+}
+
+ScanParams DeviceStep::scan_over(const DeviceStepTables& tables) const {
   ScanParams scan = scan_;
   scan.runs = tables.codes;
   scan.value_means = tables.value_means;
   scan.run_counts = tables.run_counts;
   scan.queries = tables.queries;
   scan.near_lse = parts_[kNear].lse;
+  return scan;
+}
+
+Status DeviceStep::select(const DeviceStepTables& tables, StreamRef stream) const {
+  const ScanParams scan = scan_over(tables);
   KVTIER_RETURN_IF_ERROR(event_.order(stream, near_.ref()));
   KVTIER_RETURN_IF_ERROR(attend(kNear, tables, near_.ref()));
   KVTIER_RETURN_IF_ERROR(scan_codes(gpu_, scan, stream));
   KVTIER_RETURN_IF_ERROR(event_.order(near_.ref(), stream));
   KVTIER_RETURN_IF_ERROR(pool_scan(gpu_, scan, stream));
-  KVTIER_RETURN_IF_ERROR(choose_cells(gpu_, scan, choose_, stream));
-  if (!options_.estimate_rest) return {};
-  KVTIER_RETURN_IF_ERROR(event_.order(stream, near_.ref()));
-  return estimate_rest(gpu_, scan, {tables.rest_rows, parts_[kRest].out, parts_[kRest].lse},
-                       near_.ref());
+  return choose_cells(gpu_, scan, choose_, stream);
 }
 
 MoveBlocksParams DeviceStep::moves(const DeviceStepTables& tables) const {
@@ -238,6 +248,12 @@ Status DeviceStep::fetch_and_attend(const DeviceStepTables& tables, StreamRef st
   if (!options_.verify) resolve.places.seeds = resolve.places.sums = nullptr;
   const SettleParams settle = {states_, tables.report, tables.failed, tables.failed_max};
   const bool beside = options_.order == FetchOrder::kBeside;
+  if (options_.estimate_rest) {
+    KVTIER_RETURN_IF_ERROR(event_.order(stream, near_.ref()));
+    KVTIER_RETURN_IF_ERROR(estimate_rest(gpu_, scan_over(tables),
+                                         {tables.rest_rows, parts_[kRest].out, parts_[kRest].lse},
+                                         near_.ref()));
+  }
   KVTIER_RETURN_IF_ERROR(resolve_slots(gpu_, resolve, stream));
   KVTIER_RETURN_IF_ERROR(event_.order(stream, fetch_.ref()));
   KVTIER_RETURN_IF_ERROR(move_blocks(gpu_, moves(tables), fetch_.ref()));

@@ -108,6 +108,8 @@ class DeviceStep {
   /// Allocates nothing and waits for nothing. After an error parts of the step may still run, and
   /// its output is not to be used.
   Status enqueue(const DeviceStepTables& tables, StreamRef stream) const;
+  /// Its first part alone: near attention, scan and choice.
+  Status enqueue_selection(const DeviceStepTables& tables, StreamRef stream) const;
 
   const DeviceStepShape& shape() const { return shape_; }
   std::size_t scratch_bytes() const { return scratch_.size(); }
@@ -127,12 +129,14 @@ class DeviceStep {
 
   DeviceStep(const Gpu& gpu, const DeviceStepShape& shape, const DeviceStepOptions& options,
              GpuStream near, GpuStream fetch, GpuEvent event, DeviceBuffer scratch);
+  ScanParams scan_over(const DeviceStepTables& tables) const;
   static ScanParams scan_of(const DeviceStepShape& shape);
   void carve(Carver& carver);
   AttendSlotsParams attention(Part part, std::uint32_t ranges_max) const;
   MoveBlocksParams moves(const DeviceStepTables& tables) const;
   Status attend(Part part, const DeviceStepTables& tables, StreamRef stream) const;
   Status select(const DeviceStepTables& tables, StreamRef stream) const;
+  void check(const DeviceStepTables& tables) const;
   Status fetch_and_attend(const DeviceStepTables& tables, StreamRef stream) const;
   Status merge(const DeviceStepTables& tables, StreamRef stream) const;
 

@@ -24,7 +24,8 @@ struct World {
   std::vector<SlotMap::Clock> clock{1};
 
   std::vector<SlotRange> ranges;
-  std::vector<std::uint32_t> begins, hit_counts, miss_begins, miss_counts, all_counts, missing;
+  std::vector<std::uint32_t> begins, hit_counts, miss_begins, miss_counts, all_counts;
+  std::vector<MissRecord> missing;
   std::vector<BlockMove> moves;
   std::vector<std::uint32_t> move_count{0}, moved_blocks, moved_lists, failed_count{0};
   std::vector<std::uint64_t> move_seeds, move_sums;
