@@ -1,8 +1,6 @@
 #include "kernels/radix_cut.cuh"
-#include "kernels/resolve_slots.h"
+#include "kernels/resolve_tables.cuh"
 #include "kernels/top_k.h"
-
-#include <algorithm>
 
 // Two kernels: one looks every choice up, a CTA a list, and marks what is used; when all marks are
 // set, one CTA goes through what is missing, in the order of lists and choices, and through the
@@ -15,57 +13,14 @@ namespace {
 
 constexpr unsigned kLookupThreads = 256;
 constexpr unsigned kPlaceThreads = 1024;
-constexpr std::uint32_t kMaxLists = 1024;
-
-struct Arguments {
-  SlotMap map;
-  BlockPlaces places;
-  std::uint32_t lists;
-  std::uint32_t k;
-  std::uint32_t tokens_per_block;
-  const std::uint32_t* chosen;
-  SlotRange* ranges;
-  std::uint32_t* begins;
-  std::uint32_t* hit_counts;
-  std::uint32_t* miss_begins;
-  std::uint32_t* miss_counts;
-  std::uint32_t* all_counts;
-  MissRecord* missing;
-  BlockMove* moves;
-  std::uint32_t* move_count;
-  std::uint64_t* move_seeds;
-  std::uint64_t* move_sums;
-  std::uint32_t* moved_blocks;
-  std::uint32_t* moved_lists;
-  FailedBlock* failed;
-  std::uint32_t* failed_count;
-
-  __device__ std::uint32_t extent_of(std::uint32_t list, std::uint32_t cell) const {
-    const std::uint32_t at = cell / places.blocks_per_extent;
-    return at < places.extents_max ? places.extents[std::size_t{list} * places.extents_max + at]
-                                   : kNoBlock;
-  }
-  /// `kNoBlock` where the tables have none.
-  __device__ std::uint32_t block_of(std::uint32_t extent, std::uint32_t cell) const {
-    if (extent >= places.extent_count) return kNoBlock;
-    const std::uint64_t block =
-        std::uint64_t{extent} * places.blocks_per_extent + cell % places.blocks_per_extent;
-    return block < map.blocks ? static_cast<std::uint32_t>(block) : kNoBlock;
-  }
-  __device__ std::uint32_t slot_of(std::uint32_t block, std::uint32_t generation) const {
-    if (block == kNoBlock) return kNoSlot;
-    const MapEntry entry = map.entries[block];
-    return entry.generation == generation && entry.slot < map.slots ? entry.slot : kNoSlot;
-  }
-  __device__ SlotRange range(std::uint32_t slot, std::uint32_t cell) const {
-    return {slot, cell * tokens_per_block, 0, static_cast<std::uint16_t>(tokens_per_block)};
-  }
-};
+constexpr std::uint32_t kMaxLists = kMaxResolveLists;
+static_assert(kMaxLists <= kPlaceThreads);
 
 __device__ std::uint32_t used_mark(std::uint32_t step) { return 2 * step + 1; }
 
 /// What the tables say of a choice; everything is asked for at once.
-__device__ MissRecord find_block(const Arguments& a, std::uint32_t list, std::uint32_t cell) {
+__device__ MissRecord find_block(const ResolveArguments& a, std::uint32_t list,
+                                 std::uint32_t cell) {
   const std::uint32_t extent = a.extent_of(list, cell);
   MissRecord record;
   record.cell = cell;
@@ -78,7 +33,7 @@ __device__ MissRecord find_block(const Arguments& a, std::uint32_t list, std::ui
 }
 
 __global__ void __launch_bounds__(kLookupThreads)
-    lookup_kernel(const __grid_constant__ Arguments a) {
+    lookup_kernel(const __grid_constant__ ResolveArguments a) {
   __shared__ std::uint32_t scratch[kLookupThreads / kWarpLanes];
   wait_for_previous_kernel();
   let_next_kernel_start();
@@ -147,7 +102,8 @@ struct Shared {
   std::uint32_t failed;
 };
 
-__device__ Miss find_miss(const Arguments& a, const std::uint32_t* begins, std::uint32_t at) {
+__device__ Miss find_miss(const ResolveArguments& a, const std::uint32_t* begins,
+                          std::uint32_t at) {
   std::uint32_t list = 0;
   for (std::uint32_t half = kMaxLists / 2; half > 0; half /= 2) {
     if (list + half < a.lists && begins[list + half] <= at) list += half;
@@ -159,12 +115,12 @@ __device__ Miss find_miss(const Arguments& a, const std::uint32_t* begins, std::
   return miss;
 }
 
-__device__ void fail(const Arguments& a, Shared& shared, std::uint32_t block, std::uint32_t list,
-                     FetchState state) {
+__device__ void fail(const ResolveArguments& a, Shared& shared, std::uint32_t block,
+                     std::uint32_t list, FetchState state) {
   a.failed[atomicAdd(&shared.failed, 1u)] = {block, list, state};
 }
 
-__device__ void list_move(const Arguments& a, Shared& shared, const Miss& miss,
+__device__ void list_move(const ResolveArguments& a, Shared& shared, const Miss& miss,
                           std::uint32_t move) {
   const MissRecord& record = miss.record;
   a.moved_blocks[move] = record.block;
@@ -183,7 +139,7 @@ __device__ void list_move(const Arguments& a, Shared& shared, const Miss& miss,
 
 /// Lists the distinct blocks that can be fetched, in order; returns how many. `first_miss` is this
 /// thread's of the first chunk, and `first_move` its move, if it has one.
-__device__ std::uint32_t list_moves(const Arguments& a, Shared& shared, std::uint32_t misses,
+__device__ std::uint32_t list_moves(const ResolveArguments& a, Shared& shared, std::uint32_t misses,
                                     Miss& first_miss, std::uint32_t& first_move) {
   std::uint32_t wanted = 0;
   for (std::uint32_t first = 0; first < misses; first += kPlaceThreads) {
@@ -213,7 +169,7 @@ __device__ std::uint32_t list_moves(const Arguments& a, Shared& shared, std::uin
   return wanted;
 }
 
-__device__ SlotAhead look_at(const Arguments& a, std::uint32_t slot) {
+__device__ SlotAhead look_at(const ResolveArguments& a, std::uint32_t slot) {
   SlotAhead ahead;
   ahead.mark = a.map.marks[slot];
   ahead.resident = a.map.residents[slot];
@@ -221,7 +177,7 @@ __device__ SlotAhead look_at(const Arguments& a, std::uint32_t slot) {
   return ahead;
 }
 
-__device__ void take_slot(const Arguments& a, Shared& shared, std::uint32_t slot,
+__device__ void take_slot(const ResolveArguments& a, Shared& shared, std::uint32_t slot,
                           std::uint32_t move, std::uint32_t mark) {
   const bool kept = move < kPlaceThreads;
   const std::uint32_t block = kept ? shared.blocks[move] : a.moved_blocks[move];
@@ -237,17 +193,21 @@ __device__ void take_slot(const Arguments& a, Shared& shared, std::uint32_t slot
 /// Gives slots to the first moves; returns how many got one. The hand goes round twice at most: by
 /// then every slot that may go has lost its second chance. `ahead` is what this thread read of the
 /// first chunk.
-__device__ std::uint32_t turn_clock(const Arguments& a, Shared& shared, std::uint32_t wanted,
+__device__ std::uint32_t turn_clock(const ResolveArguments& a, Shared& shared, std::uint32_t wanted,
                                     std::uint32_t step, std::uint32_t hand, SlotAhead ahead) {
   const std::uint32_t slots = a.map.slots;
   if (slots == 0 || wanted == 0) return 0;
   const std::uint32_t chunk = min(kPlaceThreads, slots);
   std::uint32_t found = 0;
+  std::uint32_t at = hand;
   std::uint64_t passed = 0;
   while (found < wanted && passed < 2 * std::uint64_t{slots}) {
     const std::uint64_t left = 2 * std::uint64_t{slots} - passed;
     const bool looks = threadIdx.x < min(static_cast<std::uint64_t>(chunk), left);
-    const auto slot = static_cast<std::uint32_t>((hand + passed + threadIdx.x) % slots);
+    // Both are below `slots`, so once round is enough.
+    std::uint64_t place = std::uint64_t{at} + threadIdx.x;
+    if (place >= slots) place -= slots;
+    const auto slot = static_cast<std::uint32_t>(place);
     if (passed > 0) ahead = looks ? look_at(a, slot) : SlotAhead{};
     const bool fixed = ahead.mark == SlotMap::kHeld || ahead.mark / 2 == step;
     const bool free = ahead.resident == kNoBlock;
@@ -266,16 +226,20 @@ __device__ std::uint32_t turn_clock(const Arguments& a, Shared& shared, std::uin
     const bool last = reached && goes && found + before + 1 == wanted;
     std::uint32_t ended;
     sum_before<kPlaceThreads>(last ? threadIdx.x + 1 : 0u, shared.scratch, ended);
-    passed += ended > 0 ? ended : static_cast<std::uint32_t>(min(std::uint64_t{chunk}, left));
+    const std::uint32_t looked =
+        ended > 0 ? ended : static_cast<std::uint32_t>(min(std::uint64_t{chunk}, left));
+    passed += looked;
+    std::uint64_t next = std::uint64_t{at} + looked;
+    if (next >= slots) next -= slots;
+    at = static_cast<std::uint32_t>(next);
     found += all;
   }
-  if (threadIdx.x == 0) {
-    a.map.clock->hand = static_cast<std::uint32_t>((hand + passed) % slots);
-  }
+  if (threadIdx.x == 0) a.map.clock->hand = at;
   return min(found, wanted);
 }
 
-__global__ void __launch_bounds__(kPlaceThreads) place_kernel(const __grid_constant__ Arguments a) {
+__global__ void __launch_bounds__(kPlaceThreads)
+    place_kernel(const __grid_constant__ ResolveArguments a) {
   __shared__ Shared shared;
   wait_for_previous_kernel();
   let_next_kernel_start();
@@ -284,8 +248,9 @@ __global__ void __launch_bounds__(kPlaceThreads) place_kernel(const __grid_const
   const std::uint32_t of_list = threadIdx.x < a.lists ? a.miss_counts[threadIdx.x] : 0;
   SlotAhead ahead;
   if (threadIdx.x < a.map.slots) {
-    const std::uint64_t slot = std::uint64_t{clock.hand} + threadIdx.x;
-    ahead = look_at(a, static_cast<std::uint32_t>(slot % a.map.slots));
+    std::uint64_t slot = std::uint64_t{clock.hand} + threadIdx.x;
+    if (slot >= a.map.slots) slot -= a.map.slots;
+    ahead = look_at(a, static_cast<std::uint32_t>(slot));
   }
   std::uint32_t misses;
   shared.begins[threadIdx.x] = sum_before<kPlaceThreads>(of_list, shared.scratch, misses);
@@ -315,87 +280,12 @@ __global__ void __launch_bounds__(kPlaceThreads) place_kernel(const __grid_const
   *a.failed_count = shared.failed;
 }
 
-struct SettleArguments {
-  const MoveState* states;
-  FetchReport* report;
-  FailedBlock* failed_blocks;
-  std::uint32_t failed_max;
-};
-
-__global__ void __launch_bounds__(kPlaceThreads)
-    settle_kernel(const __grid_constant__ Arguments a, const __grid_constant__ SettleArguments s) {
-  __shared__ Shared shared;
-  wait_for_previous_kernel();
-  let_next_kernel_start();
-  const std::uint32_t moves = *a.move_count;
-  const std::uint32_t unplaced = *a.failed_count;
-  if (threadIdx.x == 0) shared.failed = unplaced;
-  for (std::uint32_t i = threadIdx.x; i < min(unplaced, s.failed_max); i += kPlaceThreads) {
-    s.failed_blocks[i] = a.failed[i];
-  }
-  __syncthreads();
-  for (std::uint32_t i = threadIdx.x; i < moves; i += kPlaceThreads) {
-    if (s.states[i] == MoveState::kMoved) continue;
-    const std::uint32_t block = a.moved_blocks[i];
-    const std::uint32_t slot = a.map.entries[block].slot;
-    a.map.entries[block].slot = kNoSlot;
-    a.map.residents[slot] = kNoBlock;
-    a.map.marks[slot] = 0;
-    const std::uint32_t place = atomicAdd(&shared.failed, 1u);
-    if (place < s.failed_max) {
-      s.failed_blocks[place] = {block, a.moved_lists[i], static_cast<FetchState>(s.states[i])};
-    }
-  }
-  std::uint32_t hits;
-  std::uint32_t misses;
-  const bool is_list = threadIdx.x < a.lists;
-  sum_before<kPlaceThreads>(is_list ? a.hit_counts[threadIdx.x] : 0, shared.scratch, hits);
-  sum_before<kPlaceThreads>(is_list ? a.miss_counts[threadIdx.x] : 0, shared.scratch, misses);
-  if (threadIdx.x > 0) return;
-  *s.report = {a.map.clock->step, hits, misses, moves - (shared.failed - unplaced), shared.failed};
-}
-
-Arguments arguments_of(const ResolveParams& params) {
-  return {.map = params.map,
-          .places = params.places,
-          .lists = params.lists,
-          .k = params.k,
-          .tokens_per_block = params.tokens_per_block,
-          .chosen = params.chosen,
-          .ranges = params.ranges,
-          .begins = params.begins,
-          .hit_counts = params.hit_counts,
-          .miss_begins = params.miss_begins,
-          .miss_counts = params.miss_counts,
-          .all_counts = params.all_counts,
-          .missing = params.missing,
-          .moves = params.moves,
-          .move_count = params.move_count,
-          .move_seeds = params.move_seeds,
-          .move_sums = params.move_sums,
-          .moved_blocks = params.moved_blocks,
-          .moved_lists = params.moved_lists,
-          .failed = params.failed,
-          .failed_count = params.failed_count};
-}
-
-Status check_shape(const ResolveParams& params) {
-  if (params.lists <= kMaxLists && params.places.blocks_per_extent > 0 &&
-      std::uint64_t{params.lists} * params.k < SlotMap::kNobody) {
-    return {};
-  }
-  return unsupported(
-      fmt::format("resolving {} lists of {} choices, {} blocks an extent; expected "
-                  "up to {} lists",
-                  params.lists, params.k, params.places.blocks_per_extent, kMaxLists));
-}
-
 }  // namespace
 
 Status resolve_slots(const Gpu& gpu, const ResolveParams& params, StreamRef stream) {
-  KVTIER_RETURN_IF_ERROR(check_shape(params));
+  KVTIER_RETURN_IF_ERROR(check_resolve(params));
   if (params.lists == 0) return {};
-  Arguments arguments = arguments_of(params);
+  ResolveArguments arguments = resolve_arguments(params);
   void* pointers[] = {&arguments};
   const bool early = gpu.traits().capability >= 90;
   KVTIER_RETURN_IF_ERROR(gpu.launch({.kernel = reinterpret_cast<const void*>(&lookup_kernel),
@@ -412,21 +302,6 @@ Status resolve_slots(const Gpu& gpu, const ResolveParams& params, StreamRef stre
                      .stream = stream.get(),
                      .early = early},
                     "resolve_slots");
-}
-
-Status settle_fetch(const Gpu& gpu, const ResolveParams& params, const SettleParams& settle,
-                    StreamRef stream) {
-  KVTIER_RETURN_IF_ERROR(check_shape(params));
-  if (params.lists == 0) return {};
-  Arguments arguments = arguments_of(params);
-  SettleArguments second = {settle.states, settle.report, settle.failed_blocks, settle.failed_max};
-  void* pointers[] = {&arguments, &second};
-  return gpu.launch({.kernel = reinterpret_cast<const void*>(&settle_kernel),
-                     .grid = {1, 1, 1},
-                     .threads = kPlaceThreads,
-                     .arguments = pointers,
-                     .stream = stream.get()},
-                    "settle_fetch");
 }
 
 }  // namespace kvtier

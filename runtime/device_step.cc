@@ -62,13 +62,13 @@ ScanParams DeviceStep::scan_of(const DeviceStepShape& shape) {
 }
 
 DeviceStep::DeviceStep(const Gpu& gpu, const DeviceStepShape& shape,
-                       const DeviceStepOptions& options, GpuStream near, GpuStream fetch,
+                       const DeviceStepOptions& options, GpuStream near, GpuStream hits,
                        GpuEvent event, DeviceBuffer scratch)
     : gpu_(gpu),
       shape_(shape),
       options_(options),
       near_(std::move(near)),
-      fetch_(std::move(fetch)),
+      hits_(std::move(hits)),
       event_(std::move(event)),
       scratch_(std::move(scratch)),
       scan_(scan_of(shape)) {
@@ -81,16 +81,16 @@ Result<DeviceStep> DeviceStep::make(const Gpu& gpu, const DeviceStepShape& shape
                                     const DeviceAllocator& allocator) {
   KVTIER_RETURN_IF_ERROR(check_shape(shape));
   KVTIER_ASSIGN_OR_RETURN(GpuStream near, GpuStream::create(gpu));
-  KVTIER_ASSIGN_OR_RETURN(GpuStream fetch, GpuStream::create(gpu));
+  KVTIER_ASSIGN_OR_RETURN(GpuStream hits, GpuStream::create(gpu));
   KVTIER_ASSIGN_OR_RETURN(GpuEvent event, GpuEvent::create(gpu));
   KVTIER_ASSIGN_OR_RETURN(DeviceBuffer nothing, DeviceBuffer::allocate(gpu, 1, stream, allocator));
-  DeviceStep step(gpu, shape, options, std::move(near), std::move(fetch), std::move(event),
+  DeviceStep step(gpu, shape, options, std::move(near), std::move(hits), std::move(event),
                   std::move(nothing));
   Carver counter(nullptr);
   step.carve(counter);
   KVTIER_ASSIGN_OR_RETURN(DeviceBuffer scratch,
                           DeviceBuffer::allocate(gpu, counter.used(), stream, allocator));
-  return DeviceStep(gpu, shape, options, std::move(step.near_), std::move(step.fetch_),
+  return DeviceStep(gpu, shape, options, std::move(step.near_), std::move(step.hits_),
                     std::move(step.event_), std::move(scratch));
 }
 
@@ -255,20 +255,17 @@ Status DeviceStep::fetch_and_attend(const DeviceStepTables& tables, StreamRef st
                                          near_.ref()));
   }
   KVTIER_RETURN_IF_ERROR(resolve_slots(gpu_, resolve, stream));
-  KVTIER_RETURN_IF_ERROR(event_.order(stream, fetch_.ref()));
-  KVTIER_RETURN_IF_ERROR(move_blocks(gpu_, moves(tables), fetch_.ref()));
   if (beside) {
-    KVTIER_RETURN_IF_ERROR(attend(kHits, tables, stream));
-    KVTIER_RETURN_IF_ERROR(event_.order(fetch_.ref(), stream));
-    KVTIER_RETURN_IF_ERROR(settle_fetch(gpu_, resolve, settle, fetch_.ref()));
-    KVTIER_RETURN_IF_ERROR(attend(kMisses, tables, stream));
-  } else {
-    KVTIER_RETURN_IF_ERROR(event_.order(fetch_.ref(), stream));
-    KVTIER_RETURN_IF_ERROR(settle_fetch(gpu_, resolve, settle, fetch_.ref()));
-    KVTIER_RETURN_IF_ERROR(attend(kHits, tables, stream));
+    KVTIER_RETURN_IF_ERROR(event_.order(stream, hits_.ref()));
+    KVTIER_RETURN_IF_ERROR(attend(kHits, tables, hits_.ref()));
   }
+  // What is waited for stays on one stream, where each kernel can start while the last one ends.
+  KVTIER_RETURN_IF_ERROR(move_blocks(gpu_, moves(tables), stream));
+  KVTIER_RETURN_IF_ERROR(event_.order(stream, hits_.ref()));
+  KVTIER_RETURN_IF_ERROR(attend(beside ? kMisses : kHits, tables, stream));
+  KVTIER_RETURN_IF_ERROR(settle_fetch(gpu_, resolve, settle, hits_.ref()));
   KVTIER_RETURN_IF_ERROR(event_.order(near_.ref(), stream));
-  KVTIER_RETURN_IF_ERROR(event_.order(fetch_.ref(), stream));
+  KVTIER_RETURN_IF_ERROR(event_.order(hits_.ref(), stream));
   return merge(tables, stream);
 }
 

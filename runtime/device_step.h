@@ -39,7 +39,7 @@ struct DeviceStepShape {
 
 /// When what is resident is attended.
 enum class FetchOrder : unsigned char {
-  kBeside,  ///< While the misses are on their way, on a second stream.
+  kBeside,  ///< While the misses are on their way, on a stream of its own.
   kBefore,  ///< Together with them when they are in: one attention, and nothing to overlap.
 };
 
@@ -82,9 +82,9 @@ struct DeviceStepTables {
 /// One layer's decode step on the GPU: select, resolve, fetch, attend, merge, as a fixed sequence
 /// of launches that asks the CPU nothing.
 ///
-///   main    scan ──► pool ──► choose ──► resolve ──► attend hits ──► attend misses ──► merge
-///   near  └─ attend near ─┘          └─ estimate the rest ──────────────────────────┘
-///   fetch                                         └─ move misses ─┘└─ settle ───────┘
+///   main  scan ─► pool ─► choose ─► resolve ─► move misses ─► attend misses ─► merge
+///   near  attend near ─┘      └─► estimate the rest ───────────────────────────┘
+///   hits                               └─► attend hits ─► (moved) settle ──────┘
 ///
 /// The selector is `scan` (selectors/scan.cc) with 4-bit codes and value groups of 64 tokens; what
 /// is near ends where a run ends, so up to 63 tokens more than the window are attended exactly.
@@ -128,7 +128,7 @@ class DeviceStep {
   static_assert(kPartCount == kMaxMergeParts);
 
   DeviceStep(const Gpu& gpu, const DeviceStepShape& shape, const DeviceStepOptions& options,
-             GpuStream near, GpuStream fetch, GpuEvent event, DeviceBuffer scratch);
+             GpuStream near, GpuStream hits, GpuEvent event, DeviceBuffer scratch);
   ScanParams scan_over(const DeviceStepTables& tables) const;
   static ScanParams scan_of(const DeviceStepShape& shape);
   void carve(Carver& carver);
@@ -144,7 +144,7 @@ class DeviceStep {
   DeviceStepShape shape_;
   DeviceStepOptions options_;
   GpuStream near_;
-  GpuStream fetch_;
+  GpuStream hits_;
   GpuEvent event_;
   DeviceBuffer scratch_;
   // Pointers into scratch_; what the tables name is filled in by each step.

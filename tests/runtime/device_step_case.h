@@ -164,6 +164,7 @@ class DeviceStepCase {
                     .tokens_per_block = shape_.tokens_per_block};
     out_.emplace(
         DeviceBuffer::allocate(gpu_, shape_.rows() * shape_.value_dim * 4, stream_).value());
+    KVTIER_CHECK(out_->fill(0xFF).ok(), "no fill");
     status_.emplace(pin(64 * 1024));
     tables_.report = reinterpret_cast<FetchReport*>(status_->bytes().data());
     tables_.failed = reinterpret_cast<FailedBlock*>(status_->bytes().data() + 4096);
