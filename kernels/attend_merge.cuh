@@ -11,8 +11,6 @@
 
 namespace kvtier {
 
-inline constexpr float kLn2 = 0.6931471805599453f;
-
 /// Where one CTA stands in the batch.
 struct AttendPlace {
   std::uint32_t unit;

@@ -44,6 +44,7 @@ struct AttendArguments {
   const std::uint32_t* query_positions;
   const SlotRange* ranges;
   const std::uint32_t* list_offsets;
+  const std::uint32_t* list_counts;
   float* out;
   float* lse;
   float* partial_lse;

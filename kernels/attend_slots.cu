@@ -39,7 +39,8 @@ __device__ AttendList list_of(const AttendArguments& a, const AttendPlace& place
   const std::uint32_t kv_head = place.first_head / a.group;
   const std::uint32_t task = place.sequence * a.head_groups + kv_head / a.heads_per_block;
   const std::uint32_t begin = a.list_offsets[task];
-  const std::uint32_t count = a.list_offsets[task + 1] - begin;
+  const std::uint32_t count =
+      a.list_counts != nullptr ? a.list_counts[task] : a.list_offsets[task + 1] - begin;
   AttendList list = {
       a.ranges + begin, count, place.split, a.splits, kv_head % a.heads_per_block, {}};
 #pragma unroll
@@ -167,6 +168,7 @@ AttendArguments arguments_of(const AttendSlotsParams& params, const AttendPlan& 
           .query_positions = params.query_positions,
           .ranges = params.ranges,
           .list_offsets = params.list_offsets,
+          .list_counts = params.list_counts,
           .out = params.out,
           .lse = params.lse,
           .partial_lse = reinterpret_cast<float*>(workspace),

@@ -61,6 +61,9 @@ struct AttendSlotsParams {
   /// The list of task t is `ranges[list_offsets[t] .. list_offsets[t + 1])`.
   const SlotRange* ranges = nullptr;
   const std::uint32_t* list_offsets = nullptr;  ///< [sequences * head_groups + 1]
+  /// [sequences * head_groups]: how many ranges each list has, when lists do not lie one behind the
+  /// other. None: up to where the next one begins.
+  const std::uint32_t* list_counts = nullptr;
   /// The longest list that can come: what the work is divided for. Longer ones are right, but slow.
   std::uint32_t list_ranges_max = 0;
 

@@ -52,7 +52,6 @@ struct AttendShape {
 
 /// A token that is not there: behind every query.
 inline constexpr std::uint32_t kNoPosition = 0xFFFFFFFFu;
-inline constexpr float kLog2E = 1.4426950408889634f;
 
 /// A list and the part of it that one CTA attends, in one KV head: every `splits`-th group of as
 /// many tiles as there are teams, so that all CTAs of a list read neighbouring memory at one time.

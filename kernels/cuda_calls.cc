@@ -97,6 +97,9 @@ class CudaRuntime final : public CudaCalls {
   CudaError elapsed_ms(CUevent_st* begin, CUevent_st* end, float& ms) override {
     return take(cudaEventElapsedTime(&ms, begin, end));
   }
+  CudaError stream_wait(CUstream_st* stream, CUevent_st* event) override {
+    return take(cudaStreamWaitEvent(stream, event, 0));
+  }
 
   CudaError begin_capture(CUstream_st* stream) override {
     return take(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
@@ -170,6 +173,7 @@ class NoCuda final : public CudaCalls {
   CudaError record(CUevent_st*, CUstream_st*) override { return kNoDevice; }
   CudaError wait_event(CUevent_st*) override { return kNoDevice; }
   CudaError elapsed_ms(CUevent_st*, CUevent_st*, float&) override { return kNoDevice; }
+  CudaError stream_wait(CUstream_st*, CUevent_st*) override { return kNoDevice; }
   CudaError begin_capture(CUstream_st*) override { return kNoDevice; }
   CudaError end_capture(CUstream_st*, CUgraphExec_st**) override { return kNoDevice; }
   CudaError launch_graph(CUgraphExec_st*, CUstream_st*) override { return kNoDevice; }

@@ -82,6 +82,8 @@ class CudaCalls {
   virtual CudaError record(CUevent_st* event, CUstream_st* stream) = 0;
   virtual CudaError wait_event(CUevent_st* event) = 0;
   virtual CudaError elapsed_ms(CUevent_st* begin, CUevent_st* end, float& ms) = 0;
+  /// What is enqueued on the stream from now on waits for what was recorded last.
+  virtual CudaError stream_wait(CUstream_st* stream, CUevent_st* event) = 0;
 
   /// What is enqueued on the stream between these two is not run, but kept as a graph.
   virtual CudaError begin_capture(CUstream_st* stream) = 0;

@@ -116,6 +116,26 @@ Status GpuGraph::launch(StreamRef stream) const {
   return cuda_status(*calls_, calls_->launch_graph(graph_, stream.get()), "launching a graph");
 }
 
+Result<GpuEvent> GpuEvent::create(const Gpu& gpu) {
+  CUevent_st* event = nullptr;
+  KVTIER_RETURN_IF_ERROR(
+      cuda_status(gpu.calls(), gpu.calls().create_event(&event), "creating an event"));
+  return GpuEvent(gpu.calls(), event);
+}
+
+GpuEvent::GpuEvent(GpuEvent&& other) noexcept
+    : calls_(other.calls_), event_(std::exchange(other.event_, nullptr)) {}
+
+GpuEvent::~GpuEvent() {
+  if (event_ != nullptr) calls_->destroy_event(event_);
+}
+
+Status GpuEvent::order(StreamRef before, StreamRef after) const {
+  KVTIER_RETURN_IF_ERROR(
+      cuda_status(*calls_, calls_->record(event_, before.get()), "recording an event"));
+  return cuda_status(*calls_, calls_->stream_wait(after.get(), event_), "ordering two streams");
+}
+
 Result<GpuTimer> GpuTimer::create(const Gpu& gpu) {
   GpuTimer timer(gpu.calls());
   for (CUevent_st** event : {&timer.begin_, &timer.end_}) {

@@ -109,6 +109,24 @@ class GpuGraph {
   CUgraphExec_st* graph_;
 };
 
+/// A point in one stream's work that another stream can wait for. In a capture the other stream's
+/// work becomes part of the graph.
+class GpuEvent {
+ public:
+  static Result<GpuEvent> create(const Gpu& gpu);
+  GpuEvent(GpuEvent&& other) noexcept;
+  GpuEvent& operator=(GpuEvent&&) = delete;
+  ~GpuEvent();
+
+  /// What `after` is given from now on waits for what `before` was given until now.
+  Status order(StreamRef before, StreamRef after) const;
+
+ private:
+  GpuEvent(CudaCalls& calls, CUevent_st* event) : calls_(&calls), event_(event) {}
+  CudaCalls* calls_;
+  CUevent_st* event_;
+};
+
 /// Time that work on one stream takes, from `start` to `stop`, by events.
 class GpuTimer {
  public:

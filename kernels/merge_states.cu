@@ -38,6 +38,8 @@ __device__ void store(const Arguments& a, std::size_t element, float4 x) {
 /// One warp per row.
 __global__ void __launch_bounds__(kThreads)
     merge_states_kernel(const __grid_constant__ Arguments a) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   const std::uint64_t row = std::uint64_t{blockIdx.x} * kRowsPerCta + threadIdx.x / kWarpLanes;
   if (row >= a.rows) return;
   const unsigned lane = threadIdx.x % kWarpLanes;
@@ -103,7 +105,8 @@ Status merge_states(const Gpu& gpu, const MergeStatesParams& params, StreamRef s
                      .grid = {static_cast<unsigned>(ctas), 1, 1},
                      .threads = kThreads,
                      .arguments = pointers,
-                     .stream = stream.get()},
+                     .stream = stream.get(),
+                     .early = gpu.traits().capability >= 90},
                     "merge_states");
 }
 

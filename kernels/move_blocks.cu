@@ -198,6 +198,8 @@ class WarpMover {
 template <MoveCheck kCheck>
 __global__ void __launch_bounds__(kThreads)
     move_blocks_kernel(const __grid_constant__ Arguments arguments) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   const std::uint32_t count = arguments.move_count == nullptr
                                   ? arguments.moves_max
                                   : min(*arguments.move_count, arguments.moves_max);
@@ -261,7 +263,8 @@ Status move_blocks(const Gpu& gpu, const MoveBlocksParams& params, StreamRef str
                      .grid = {ctas, 1, 1},
                      .threads = kThreads,
                      .arguments = pointers,
-                     .stream = stream.get()},
+                     .stream = stream.get(),
+                     .early = gpu.traits().capability >= 90},
                     "move_blocks");
 }
 

@@ -1,3 +1,4 @@
+#include "kernels/radix_cut.cuh"
 #include "kernels/top_k.h"
 #include "kernels/warp.cuh"
 
@@ -15,8 +16,6 @@ namespace kvtier {
 namespace {
 
 constexpr unsigned kThreads = 512;
-constexpr unsigned kBins = 2048;
-constexpr unsigned kDigits = 3;
 constexpr unsigned kMaxParts = 64;
 static_assert(kMaxParts <= kThreads);
 constexpr unsigned kSortThreads = 1024;
@@ -37,15 +36,6 @@ struct Arguments {
   std::uint32_t* indices;
 };
 
-__device__ unsigned shift_of(unsigned digit) { return digit == 0 ? 21 : digit == 1 ? 10 : 0; }
-__device__ unsigned bins_of(unsigned digit) { return digit == 2 ? 1024 : 2048; }
-
-/// An integer of the same order. Both zeros are equal scores.
-__device__ std::uint32_t key_of(float score) {
-  const std::uint32_t bits = __float_as_uint(score + 0.0f);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
 __device__ std::uint32_t count_of(const Arguments& a, std::uint32_t list) {
   return a.counts == nullptr ? a.count_max : min(a.counts[list], a.count_max);
 }
@@ -63,60 +53,12 @@ struct Part {
   }
 };
 
-/// Digits found so far: keys with `(key & mask) == prefix` may be the k-th, `left` of them are to
-/// be taken, and all larger ones.
-struct Cut {
-  std::uint32_t prefix = 0;
-  std::uint32_t mask = 0;
-  std::uint32_t left = 0;
-};
-
-/// Finds the next digit from its counts. All threads call; `scratch` holds kThreads + 2 words.
-__device__ void narrow(Cut& cut, unsigned digit, const std::uint32_t* bins,
-                       std::uint32_t* scratch) {
-  // Thread t sums up to four bins, the largest digits first, and a scan over warps and over their
-  // sums says how many keys lie above.
-  constexpr unsigned kMine = kBins / kThreads;
-  const unsigned mine = bins_of(digit) / kThreads;
-  std::uint32_t counts[kMine] = {};
-  std::uint32_t sum = 0;
-#pragma unroll
-  for (unsigned i = 0; i < kMine; ++i) {
-    if (i < mine) counts[i] = bins[bins_of(digit) - 1 - (threadIdx.x * mine + i)];
-    sum += counts[i];
-  }
-  const unsigned lane = threadIdx.x % kWarpLanes;
-  const unsigned warp = threadIdx.x / kWarpLanes;
-  std::uint32_t up_to = sum;
-  for (unsigned step = 1; step < kWarpLanes; step *= 2) {
-    const std::uint32_t before = __shfl_up_sync(kAllLanes, up_to, step);
-    if (lane >= step) up_to += before;
-  }
-  if (lane == kWarpLanes - 1) scratch[warp] = up_to;
-  __syncthreads();
-  std::uint32_t above = up_to - sum;
-  for (unsigned w = 0; w < kThreads / kWarpLanes; ++w) above += w < warp ? scratch[w] : 0;
-#pragma unroll
-  for (unsigned i = 0; i < kMine; ++i) {
-    if (above < cut.left && above + counts[i] >= cut.left) {
-      scratch[kThreads] = bins_of(digit) - 1 - (threadIdx.x * mine + i);
-      scratch[kThreads + 1] = above;
-    }
-    above += counts[i];
-  }
-  __syncthreads();
-  cut.prefix |= scratch[kThreads] << shift_of(digit);
-  cut.mask |= (bins_of(digit) - 1) << shift_of(digit);
-  cut.left -= scratch[kThreads + 1];
-  __syncthreads();
-}
-
 __device__ Cut find_cut(const Arguments& a, std::uint32_t list, std::uint32_t count,
                         unsigned digits, std::uint32_t* scratch) {
   Cut cut;
   cut.left = min(a.k, count);
   for (unsigned digit = 0; digit < digits; ++digit) {
-    narrow(cut, digit, a.bins + (std::size_t{list} * kDigits + digit) * kBins, scratch);
+    narrow<kThreads>(cut, digit, a.bins + (std::size_t{list} * kDigits + digit) * kBins, scratch);
   }
   return cut;
 }
@@ -125,7 +67,7 @@ __device__ Cut find_cut(const Arguments& a, std::uint32_t list, std::uint32_t co
 __global__ void __launch_bounds__(kThreads)
     count_digit_kernel(const __grid_constant__ Arguments a, unsigned digit) {
   __shared__ std::uint32_t counted[kBins];
-  __shared__ std::uint32_t scratch[kThreads + 2];
+  __shared__ std::uint32_t scratch[kThreads + 3];
   wait_for_previous_kernel();
   let_next_kernel_start();
   const std::uint32_t list = blockIdx.y;
@@ -159,7 +101,7 @@ __device__ std::uint64_t pack(std::uint32_t key, std::uint32_t index) {
 }
 
 __global__ void __launch_bounds__(kThreads) collect_kernel(const __grid_constant__ Arguments a) {
-  __shared__ std::uint32_t scratch[kThreads + 2];
+  __shared__ std::uint32_t scratch[kThreads + 3];
   __shared__ std::uint32_t equals[kThreads / kWarpLanes];
   wait_for_previous_kernel();
   let_next_kernel_start();

@@ -79,6 +79,7 @@ class FakeCudaCalls : public CudaCalls {
     ms = 1.5f;
     return next();
   }
+  CudaError stream_wait(CUstream_st*, CUevent_st*) override { return next(); }
   CudaError begin_capture(CUstream_st*) override { return next(); }
   CudaError end_capture(CUstream_st*, CUgraphExec_st** graph) override {
     return create(reinterpret_cast<void**>(graph), 64);

@@ -1,7 +1,11 @@
 #include "kernels/attend_slots.h"
+#include "kernels/choose_cells.h"
+#include "kernels/code_runs.h"
 #include "kernels/merge_states.h"
 #include "kernels/move_blocks.h"
 #include "kernels/read_bytes.h"
+#include "kernels/resolve_slots.h"
+#include "kernels/scan_codes.h"
 #include "kernels/score_rows.h"
 #include "kernels/top_k.h"
 #include "tests/kernels/fake_cuda_calls.h"
@@ -51,12 +55,37 @@ struct Launchers {
     return top_k(gpu, {.lists = 1, .count_max = 9, .k = 2, .workspace = memory.data()}, stream);
   }
   Status read() { return read_bytes(gpu, memory, nullptr, stream); }
+  Status code() {
+    return code_runs(gpu, {.slab = {.head_dim = 128, .value_dim = 128}, .job_count = 1}, stream);
+  }
+  ScanParams one_list() const { return {.lists = 1, .runs_max = 1}; }
+  Status scan() { return scan_codes(gpu, one_list(), stream); }
+  Status pool() { return pool_scan(gpu, one_list(), stream); }
+  Status rest() { return estimate_rest(gpu, one_list(), {}, stream); }
+  Status choose_cell() {
+    return choose_cells(gpu, one_list(), {.k = 1, .workspace = memory.data()}, stream);
+  }
+  Status choose_of_many() {
+    return choose_cells(gpu, {.lists = 1, .runs_max = 9999}, {.k = 1, .workspace = memory.data()},
+                        stream);
+  }
+  ResolveParams one_choice() const {
+    ResolveParams params;
+    params.places.blocks_per_extent = 1;
+    params.lists = params.k = 1;
+    return params;
+  }
+  Status resolve() { return resolve_slots(gpu, one_choice(), stream); }
+  Status settle() { return settle_fetch(gpu, one_choice(), {}, stream); }
 };
 
 TEST(Launchers, EveryFailedCallComesBack) {
   using Launcher = Status (Launchers::*)();
-  for (const Launcher launcher : {&Launchers::move, &Launchers::attend, &Launchers::merge,
-                                  &Launchers::score, &Launchers::choose, &Launchers::read}) {
+  for (const Launcher launcher :
+       {&Launchers::move, &Launchers::attend, &Launchers::merge, &Launchers::score,
+        &Launchers::choose, &Launchers::read, &Launchers::code, &Launchers::scan, &Launchers::pool,
+        &Launchers::rest, &Launchers::choose_cell, &Launchers::choose_of_many, &Launchers::resolve,
+        &Launchers::settle}) {
     FakeCudaCalls calls;
     const Gpu gpu = Gpu::open(calls).value();
     Launchers launchers(gpu);

@@ -6,6 +6,7 @@
 #include "tools/bench_select.h"
 #ifdef KVTIER_CUDA
 #include "tools/bench_gpu.h"
+#include "tools/bench_step.h"
 #endif
 #include "tools/cli/options.h"
 #include "tools/cli/verbs.h"
@@ -89,6 +90,14 @@ Result<std::uint32_t> parse_tokens(std::string_view text) {
       fmt::format("found '{}', expected a whole number from 1024 to {}", text, 1u << 24));
 }
 
+#ifdef KVTIER_CUDA
+Result<std::uint32_t> parse_percent(std::string_view text) {
+  const Result<std::uint64_t> count = parse_count(text);
+  if (count.ok() && *count <= 100) return static_cast<std::uint32_t>(*count);
+  return invalid_argument(fmt::format("found '{}', expected a whole number up to 100", text));
+}
+#endif
+
 Result<std::string> parse_selector(std::string_view text) {
   if (text == "all") return std::string(text);
   const auto factory = make_selector_factory(text);
@@ -135,6 +144,35 @@ void add_gpu_bench(CLI::App& bench, const char* name, const char* what, const ch
       name));
   verb->callback([options, run, &exit_code] { exit_code = static_cast<ExitCode>(run(*options)); });
 }
+
+void add_step(CLI::App& bench, ExitCode& exit_code) {
+  auto options = std::make_shared<BenchStepOptions>();
+  CLI::App* verb = bench.add_subcommand(
+      "step", "One layer's decode step on the GPU, keys and values in page-locked memory");
+  verb->add_option("--format", options->format, "table or json (default: table)")
+      ->check(CLI::IsMember({"table", "json"}))
+      ->type_name("");
+  add_values(*verb, "--tokens", options->contexts, parse_tokens, "Lengths of the context",
+             "32768,131072,524288,1048576");
+  add_values(*verb, "--budget", options->budgets, parse_positive,
+             "Tokens that a KV head attends, sinks and window included", "640,2048");
+  add_values(*verb, "--block", options->blocks, parse_positive, "Tokens per block: 1, 4 or 8", "8");
+  add_values(*verb, "--hits", options->hits, parse_percent,
+             "Percent of the choice that is on the GPU before the step", "95,80,0");
+  add_value(*verb, "--batch", options->batch, parse_positive, "Sequences of one step", "1");
+  add_value(*verb, "--repetitions", options->repetitions, parse_positive,
+            "Interleaved repetitions; figures are their median", "15");
+  verb->add_option("--python", options->python,
+                   "Interpreter whose PyTorch is compared with; '' for none (default: python3)")
+      ->type_name("");
+  verb->footer(
+      "Results are verified in the run; exit code 4 when one is wrong, 5 without a GPU.\n\n"
+      "Examples:\n"
+      "  kvtier bench step\n"
+      "  kvtier bench step --tokens 131072 --block 1,4,8 --hits 95 --format json");
+  verb->callback(
+      [options, &exit_code] { exit_code = static_cast<ExitCode>(run_bench_step(*options)); });
+}
 #endif
 
 }  // namespace
@@ -157,6 +195,7 @@ void add_bench(CLI::App& app, ExitCode& exit_code) {
                 "GPU memory that blocks lie in", run_bench_gpu_attention, exit_code);
   add_gpu_bench(*verb, "gpu-select", "Scoring of landmarks and the choice of the best, on the GPU",
                 "GPU memory that landmarks lie in", run_bench_gpu_select, exit_code);
+  add_step(*verb, exit_code);
 #endif
 }
 
