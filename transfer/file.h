@@ -39,6 +39,10 @@ struct FileTraits {
   std::size_t alignment = 4096;
   std::uint32_t queue_depth = 0;  ///< Operations that can be in flight.
   bool direct = false;            ///< Bypasses the page cache.
+  bool fixed_buffers = false;     ///< What `register_buffers` announced is registered.
+  /// How another process of this user can open the same bytes, although the file has no name;
+  /// empty where there is no file system below.
+  std::string reopen_path;
 };
 
 /// A fixed-size range of durable (or pretended) storage with aligned asynchronous reads and writes.

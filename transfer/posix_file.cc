@@ -51,6 +51,7 @@ struct PosixFile::State {
     traits.reason = std::move(reason);
     traits.queue_depth = queue_depth;
     traits.direct = scratch.direct();
+    traits.reopen_path = scratch.reopen_path();
   }
 
   void serve();

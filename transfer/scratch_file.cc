@@ -210,6 +210,10 @@ ScratchFile::~ScratchFile() {
   if (descriptor_ >= 0) ::close(descriptor_);
 }
 
+std::string ScratchFile::reopen_path() const {
+  return fmt::format("/proc/{}/fd/{}", ::getpid(), descriptor_);
+}
+
 Status ScratchFile::sync() const {
   if (retry_interrupted([&] { return ::fdatasync(descriptor_); }) == 0) return {};
   return io_error(fmt::format("fdatasync: {}", error_text(errno)));

@@ -33,6 +33,8 @@ class ScratchFile {
   int descriptor() const { return descriptor_; }
   std::uint64_t size_bytes() const { return size_bytes_; }
   bool direct() const { return direct_; }
+  /// The descriptor as other processes can open it, while this one lives.
+  std::string reopen_path() const;
   /// Why I/O is not direct although it was asked for; otherwise empty.
   const std::string& direct_refusal() const { return direct_refusal_; }
   /// Why the space is not reserved; otherwise empty.

@@ -56,6 +56,7 @@ struct UringFile::State {
     traits.reason = std::move(reason);
     traits.queue_depth = queue_depth;
     traits.direct = scratch.direct();
+    traits.reopen_path = scratch.reopen_path();
   }
 
   io_uring_sqe* next_submission();
@@ -127,6 +128,7 @@ Status UringFile::register_buffers(std::span<const std::span<std::byte>> ranges)
   if (!state_->fixed_buffers.empty()) {
     io_uring_unregister_buffers(&state_->ring);
     state_->fixed_buffers.clear();
+    state_->traits.fixed_buffers = false;
   }
   std::vector<iovec> buffers;
   for (const std::span<std::byte> range : ranges) append_split(buffers, range);
@@ -139,6 +141,7 @@ Status UringFile::register_buffers(std::span<const std::span<std::byte>> ranges)
                                                       static_cast<unsigned>(buffers.size()));
   if (refused == 0) {
     state_->fixed_buffers = std::move(buffers);
+    state_->traits.fixed_buffers = true;
     return {};
   }
   std::string& reason = state_->traits.reason;

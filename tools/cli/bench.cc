@@ -3,6 +3,7 @@
 #include "selectors/registry.h"
 #include "tools/bench_attention.h"
 #include "tools/bench_prefill.h"
+#include "tools/bench_disk.h"
 #include "tools/bench_select.h"
 #ifdef KVTIER_CUDA
 #include "tools/bench_gpu.h"
@@ -124,6 +125,67 @@ void add_select(CLI::App& bench, ExitCode& exit_code) {
   verb->callback(
       [options, &exit_code] { exit_code = static_cast<ExitCode>(run_bench_select(*options)); });
 }
+
+Result<std::size_t> parse_io_size(std::string_view text) {
+  const Result<std::uint64_t> bytes = parse_bytes(text);
+  if (bytes.ok() && *bytes >= 4096 && *bytes <= (16 << 20)) return *bytes;
+  return invalid_argument(fmt::format("found '{}', expected bytes from 4KiB to 16MiB", text));
+}
+
+Result<std::uint32_t> parse_depth(std::string_view text) {
+  const Result<std::uint64_t> depth = parse_count(text);
+  if (depth.ok() && *depth > 0 && *depth <= 1024) return static_cast<std::uint32_t>(*depth);
+  return invalid_argument(fmt::format("found '{}', expected a whole number from 1 to 1024", text));
+}
+
+Result<double> parse_seconds(std::string_view text) {
+  const Result<double> seconds = parse_number(text);
+  if (seconds.ok() && *seconds >= 0.01 && *seconds <= 3600) return *seconds;
+  return invalid_argument(fmt::format("found '{}', expected seconds from 0.01 to 3600", text));
+}
+
+Result<FileBackend> parse_backend(std::string_view text) {
+  if (text == "auto") return FileBackend::kAuto;
+  if (text == "io_uring") return FileBackend::kIoUring;
+  if (text == "posix") return FileBackend::kPosix;
+  return invalid_argument(fmt::format("found '{}', expected auto, io_uring or posix", text));
+}
+
+void add_disk(CLI::App& bench, ExitCode& exit_code) {
+  auto options = std::make_shared<BenchDiskOptions>();
+  CLI::App* verb = bench.add_subcommand(
+      "disk", "Verified reads and writes of a directory's disk, in turns with fio");
+  verb->add_option("PATH", options->directory, "Directory that a nameless scratch file is made in")
+      ->required()
+      ->type_name("");
+  verb->add_option("--format", options->format, "table or json (default: table)")
+      ->check(CLI::IsMember({"table", "json"}))
+      ->type_name("");
+  add_values(*verb, "--operations", options->patterns, parse_disk_pattern,
+             "random_read, sequential_read, random_write, sequential_write",
+             "random_read,sequential_write");
+  add_values(*verb, "--sizes", options->io_bytes, parse_io_size, "Bytes of one operation",
+             "64KiB,256KiB,1MiB");
+  add_values(*verb, "--depths", options->depths, parse_depth, "Operations in flight", "1,16,64");
+  add_value(*verb, "--backend", options->backend, parse_backend, "auto, io_uring or posix", "auto");
+  add_value(*verb, "--file-bytes", options->file_bytes, parse_bytes, "Size of the scratch file",
+            "2GiB");
+  add_value(*verb, "--seconds", options->seconds, parse_seconds, "Length of one measurement",
+            "1");
+  add_value(*verb, "--repetitions", options->repetitions, parse_positive,
+            "Measurements of each; figures are their median", "5");
+  verb->add_option("--fio", options->fio, "Program to compare with; '' for none (default: fio)")
+      ->type_name("");
+  verb->footer(
+      "The file has no name and is gone when the program ends, however it ends. Exit code 4 when\n"
+      "a page was not what was written.\n\n"
+      "Examples:\n"
+      "  kvtier bench disk /tmp\n"
+      "  kvtier bench disk . --operations random_read --sizes 64KiB --depths 1,64");
+  verb->callback(
+      [options, &exit_code] { exit_code = static_cast<ExitCode>(run_bench_disk(*options)); });
+}
+
 #ifdef KVTIER_CUDA
 void add_gpu_bench(CLI::App& bench, const char* name, const char* what, const char* region_help,
                    int (*run)(const GpuBenchOptions&), ExitCode& exit_code) {
@@ -187,6 +249,7 @@ void add_bench(CLI::App& app, ExitCode& exit_code) {
   add_attention(*verb, exit_code);
   add_prefill(*verb, exit_code);
   add_select(*verb, exit_code);
+  add_disk(*verb, exit_code);
 #ifdef KVTIER_CUDA
   add_gpu_bench(*verb, "gather",
                 "Scattered copies between page-locked memory and the GPU, both directions",
