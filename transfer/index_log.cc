@@ -76,15 +76,9 @@ Result<IndexContent> IndexLog::load(const StoreId& store) {
   area_ = !headers[0].ok() ? 1 : !headers[1].ok() ? 0 : headers[1]->epoch > headers[0]->epoch;
   header_ = *headers[area_];
   IndexContent content{.header = header_};
-  if (!headers[1 - area_].ok()) {
-    // It may have been the one that counts. Only a page that was never written says nothing.
-    const std::span<std::byte> page = buffer_.bytes().first(kIndexPageBytes);
-    KVTIER_RETURN_IF_ERROR(
-        run_whole(*file_, FileOperation::Kind::kRead, area_offset(1 - area_), page));
-    const bool is_new =
-        std::all_of(page.begin(), page.end(), [](std::byte b) { return b == std::byte{0}; });
-    if (!is_new) content.damage = "one of its two headers is damaged";
-  }
+  // The other may have been the one that counts: both are written when an index is made.
+  has_both_ = headers[1 - area_].ok();
+  if (!has_both_) content.damage = "one of its two headers is damaged";
   // After a clean stop what the header counts is all there is. Otherwise the rest of the area is
   // looked through, since behind a page that was lost there may be others that were not.
   const std::uint64_t limit = header_.clean ? header_.records : records_max_;
@@ -179,7 +173,9 @@ Status IndexLog::rewrite(IndexHeader header, std::span<const IndexRecord> record
   area_ = other;
   position_ = records.size();
   broken_ = false;
-  return {};
+  if (has_both_) return {};
+  has_both_ = true;
+  return rewrite(header, records);
 }
 
 Status IndexLog::append(std::span<const IndexRecord> records) {

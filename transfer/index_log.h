@@ -47,6 +47,7 @@ class IndexLog {
   std::uint64_t room() const { return records_max_ - position_; }
   std::uint64_t records_max() const { return records_max_; }
   std::uint64_t epoch() const { return header_.epoch; }
+  std::uint32_t area() const { return area_; }
   /// `no_space` when there is no room: rewrite. After another failure the last page is unknown and
   /// every further append fails until a rewrite succeeds.
   Status append(std::span<const IndexRecord> records);
@@ -72,6 +73,8 @@ class IndexLog {
   std::uint64_t epoch_tried_ = 0;
   IndexHeader header_;
   bool broken_ = false;
+  /// Each area has a header: from then on a header that is missing means damage.
+  bool has_both_ = false;
 };
 
 }  // namespace kvtier

@@ -110,12 +110,6 @@ void Store::State::unlink_child(const StoreKey& parent) {
   if (const auto found = by_key.find(parent); found != by_key.end()) rank(found->second);
 }
 
-void Store::State::touch(std::uint32_t index) {
-  unrank(index);
-  items[index].last_use = ++uses;
-  rank(index);
-}
-
 std::uint64_t Store::State::units_of(const StoreItem& item) const {
   std::uint64_t units = item.units;
   for (const ManifestPart& part : item.parts) units += part.units;

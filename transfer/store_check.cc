@@ -4,7 +4,6 @@
 #include "transfer/disk_directory.h"
 #include "transfer/extent_format.h"
 #include "transfer/space_map.h"
-#include "transfer/store_io.h"
 
 #include <algorithm>
 #include <filesystem>
@@ -79,7 +78,6 @@ namespace {
 // What begins at one unit; `memory` has room for a place, and its first page has been read.
 Status look_at_unit(File& file, PageCipher* cipher, std::uint64_t offset,
                     std::span<std::byte> memory, SegmentReport& report) {
-  std::vector<std::unique_ptr<File>> none;
   const auto read = [&](std::size_t bytes) -> Status {
     FileOperation operation = {
         .kind = FileOperation::Kind::kRead, .offset = offset, .buffer = memory.first(bytes)};

@@ -156,7 +156,6 @@ Status Store::State::open_index() {
 
 // A segment's header, from its first page or the copy in the second.
 Result<SegmentHeader> Store::State::read_header(File& file) {
-  std::unique_ptr<File> none;
   const std::span<std::byte> pages = staged(0).first(2 * SegmentHeader::kBytes);
   FileOperation read = {.kind = FileOperation::Kind::kRead, .offset = 0, .buffer = pages};
   FileOperation* pointer = &read;
@@ -287,10 +286,10 @@ Result<std::unique_ptr<Store>> Store::open(std::unique_ptr<StoreDirectory> direc
   auto state = std::make_unique<State>();
   state->options = options;
   state->directory = std::move(directory);
-  Status status = state->open_files();
+  const Status status = state->open_files();
   if (!status.ok()) {
-    // What was opened so far is closed; the first failure is the one to tell.
-    if (const Status closed = state->close_files(); !closed.ok()) status = std::move(status);
+    // What was opened so far is closed; of two failures the first is the one to tell.
+    [[maybe_unused]] const Status closed = state->close_files();
     return status;
   }
   return std::unique_ptr<Store>(new Store(std::move(state)));

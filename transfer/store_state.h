@@ -131,7 +131,6 @@ struct Store::State {
   void unrank(std::uint32_t index);
   void link_child(const StoreKey& parent);
   void unlink_child(const StoreKey& parent);
-  void touch(std::uint32_t index);
   std::uint64_t units_of(const StoreItem& item) const;
   const ManifestPart* find_part(const StoreItem& item, ManifestPart::Kind kind, std::uint32_t first,
                                 std::uint32_t second, std::uint32_t third) const;

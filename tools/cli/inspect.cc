@@ -2,6 +2,8 @@
 
 #include "tools/cli/inspect_report.h"
 #include "tools/cli/replay_result.h"
+#include "tools/cli/segment_inspection.h"
+#include "tools/cli/store_key.h"
 #include "tools/cli/verbs.h"
 #include "tools/trace/attention_trace.h"
 #include "tools/trace/json_document.h"
@@ -19,17 +21,18 @@ namespace {
 using nlohmann::ordered_json;
 
 constexpr std::string_view kKnownKinds =
-    "an attention trace (a folder with manifest.json, or that file) or a replay result (JSON with "
-    "schema kvtier.replay-result)";
+    "an attention trace (a folder with manifest.json, or that file), a replay result (JSON with "
+    "schema kvtier.replay-result) or a segment of a store";
 
 struct InspectOptions {
   std::string path;
+  std::string key_file;
   std::string format = "table";
 };
 
 struct Inspection {
   std::string kind;
-  std::string digest;
+  std::string digest;  ///< Empty for what others may be writing to.
   std::string table;
   ordered_json json;
 };
@@ -40,7 +43,18 @@ Result<Inspection> inspect_trace(const std::string& path) {
   return Inspection{"attention_trace", trace.digest(), trace_table(trace), trace_json(trace)};
 }
 
-Result<Inspection> inspect_path(const std::string& path) {
+Result<Inspection> inspect_segment_file(const std::string& path, const std::string& key_file) {
+  KVTIER_ASSIGN_OR_RETURN(std::optional<PageCipher> cipher, store_key(key_file));
+  KVTIER_ASSIGN_OR_RETURN(const SegmentReport report,
+                          inspect_segment(path, cipher ? &*cipher : nullptr));
+  if (report.blocks_corrupt > 0) {
+    return corrupt(fmt::format("{}: {} of {} blocks are corrupt, the first {}", path,
+                               report.blocks_corrupt, report.blocks, report.corrupt.front()));
+  }
+  return Inspection{"segment", "", segment_table(path, report), segment_json(report)};
+}
+
+Result<Inspection> inspect_path(const std::string& path, const std::string& key_file) {
   namespace fs = std::filesystem;
   std::error_code ignored;  // What cannot be looked at fails when it is opened.
   if (fs::is_directory(path, ignored)) {
@@ -50,6 +64,7 @@ Result<Inspection> inspect_path(const std::string& path) {
   KVTIER_ASSIGN_OR_RETURN(const MappedFile file, MappedFile::open(path));
   // Looking at the first character spares a scan of a large binary file, and its message says more.
   const std::span<const std::byte> bytes = file.bytes();
+  if (is_segment(bytes)) return inspect_segment_file(path, key_file);
   if (bytes.empty() || std::string_view(" \t\r\n{").find(static_cast<char>(bytes.front())) ==
                            std::string_view::npos) {
     const bool is_layer = fs::path(path).extension() == ".safetensors";
@@ -72,7 +87,7 @@ Result<Inspection> inspect_path(const std::string& path) {
 }
 
 ExitCode run_inspect(const InspectOptions& options) {
-  const Result<Inspection> inspection = inspect_path(options.path);
+  const Result<Inspection> inspection = inspect_path(options.path, options.key_file);
   // What this machine cannot do (memory) says nothing about the input.
   const bool machine_failed =
       !inspection.ok() && inspection.status().code() == StatusCode::kNoSpace;
@@ -91,7 +106,7 @@ ExitCode run_inspect(const InspectOptions& options) {
                        {"sound", inspection.ok()},
                        {"error", nullptr}};
   if (inspection.ok()) {
-    json["digest"] = inspection->digest;
+    if (!inspection->digest.empty()) json["digest"] = inspection->digest;
     json["kind"] = inspection->kind;
     json[inspection->kind] = inspection->json;
   } else {
@@ -107,8 +122,11 @@ void add_inspect(CLI::App& app, ExitCode& exit_code) {
   auto options = std::make_shared<InspectOptions>();
   CLI::App* verb = app.add_subcommand("inspect", "Say what a file holds and whether it is sound");
   verb->add_option("PATH", options->path,
-                   "Attention trace (folder or manifest.json) or replay result")
+                   "Attention trace (folder or manifest.json), replay result or store segment")
       ->required()
+      ->type_name("");
+  verb->add_option("--key-file", options->key_file,
+                   "Key of an encrypted segment (default: the variable KVTIER_STORE_KEY)")
       ->type_name("");
   verb->add_option("--format", options->format, "table or json (default: table)")
       ->check(CLI::IsMember({"table", "json"}))

@@ -49,6 +49,7 @@ ExitCode run(int argc, char** argv) {
   add_sweep(app, exit_code);
   add_profile(app, exit_code);
   add_bench(app, exit_code);
+  add_fsck(app, exit_code);
   try {
     app.parse(argc, argv);
   } catch (const CLI::Success& help_or_version) {

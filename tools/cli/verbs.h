@@ -18,6 +18,7 @@ void add_simulate(CLI::App& app, ExitCode& exit_code);
 void add_sweep(CLI::App& app, ExitCode& exit_code);
 void add_profile(CLI::App& app, ExitCode& exit_code);
 void add_bench(CLI::App& app, ExitCode& exit_code);
+void add_fsck(CLI::App& app, ExitCode& exit_code);
 void add_selectors(CLI::App& app, ExitCode& exit_code);
 
 }  // namespace kvtier
