@@ -241,6 +241,10 @@ TEST(ModelConfig, DamageIsNamed) {
                  R"("linear_attn_config": {"num_heads": 2, "head_dim": 8,
                     "short_conv_kernel_size": 4, "full_attn_layers": [28]})"),
        "found 28, expected layers from 1 to 27"},
+      {with_keys("qwen3-30b-a3b", R"("num_experts_per_tok": 129)"), "at most the 128 experts"},
+      {R"({"model_type": "gemma4", "text_config": {"num_hidden_layers": 2, "hidden_size": 64,
+          "num_kv_shared_layers": 2}})",
+       "text_config.num_kv_shared_layers: found 2"},
       {with_keys("gpt-oss-20b", R"("layer_types": null, "sliding_window_pattern": 0)"),
        "sliding_window_pattern: found 0"},
   };

@@ -18,7 +18,7 @@ namespace kvtier {
 class ConfigFields {
  public:
   /// Above any model there is, and small enough that products of three stay within 64 bits.
-  static constexpr std::uint64_t kCountMax = 1u << 21;
+  static constexpr std::uint64_t kCountMax = 1u << 20;
 
   ConfigFields(JsonField text, std::vector<std::string>& assumptions)
       : text_(std::move(text)), assumptions_(&assumptions) {}
@@ -66,7 +66,9 @@ class ConfigFields {
 
   void assume(std::string line) const { assumptions_->push_back(std::move(line)); }
   Status error(std::string_view key, std::string_view found, std::string_view expected) const {
-    return input_error(text_.file(), key, found, expected);
+    const std::string path =
+        text_.path().empty() ? std::string(key) : fmt::format("{}.{}", text_.path(), key);
+    return input_error(text_.file(), path, found, expected);
   }
 
  private:

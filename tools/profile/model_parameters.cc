@@ -166,6 +166,10 @@ Result<std::optional<ParameterCount>> count_parameters(
   const ExpertShape experts = expert_shape(family, fields, hidden);
   KVTIER_ASSIGN_OR_RETURN(const auto has_experts,
                           expert_layers(family, config, fields, layers.size()));
+  if (experts.used > experts.experts) {
+    return config.error("num_experts_per_tok", fmt::format("{}", experts.used),
+                        fmt::format("at most the {} experts", experts.experts));
+  }
   ParameterCount count;
   count.experts = experts.experts;
   count.experts_used = experts.used;
