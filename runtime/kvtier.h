@@ -56,7 +56,8 @@ typedef enum kvtier_status {
   KVTIER_CORRUPT = 6, /**< Blocks that were wanted are damaged beyond repair. */
   KVTIER_UNSUPPORTED = 7,
   KVTIER_INVALID_ARGUMENT = 8, /**< The message names the argument and what would be accepted. */
-  KVTIER_INTERNAL = 9          /**< No memory, or a defect of this library. */
+  KVTIER_INTERNAL =
+      9 /**< No memory, or a defect of this library: the runtime can only be closed. */
 } kvtier_status;
 
 /** "ok", "no_space", ... Lives for ever. */

@@ -239,7 +239,6 @@ TEST(CApiMisuse, BoundsOfSequences) {
   EXPECT_THAT(kvtier_last_error(), HasSubstr("2"));
   ASSERT_EQ(kvtier_sequence_free(engine.runtime, second), KVTIER_OK);
   EXPECT_EQ(kvtier_sequence_fork(engine.runtime, first, 101, &third), kInvalid);
-  EXPECT_EQ(kvtier_truncate(engine.runtime, first, 101), kInvalid);
   EXPECT_EQ(engine.append_layer(first, 0, 100, 157), kInvalid);
   EXPECT_THAT(kvtier_last_error(), HasSubstr("256"));
   EXPECT_EQ(engine.append_layer(first, 2, 100, 1), kInvalid);
@@ -429,7 +428,9 @@ TEST(CApiMisuse, TwoThreadsOnOneSequence) {
     const kvtier_query query = engine.ask(0, 500, 0);
     const kvtier_status status = kvtier_attend_exact(engine.runtime, sequence, &query, nullptr);
     if (status == KVTIER_BUSY) continue;
-    ASSERT_EQ(status, KVTIER_OK) << kvtier_last_error();
+    EXPECT_EQ(status, KVTIER_OK) << kvtier_last_error();
+    if (status != KVTIER_OK) refused = true;  // Lets the other thread end.
+    if (status != KVTIER_OK) break;
     if (answered++ == 0) {
       EXPECT_LT(distance(engine.out(), engine.exact_reference(0, 2000)), kTolerance);
     }
