@@ -1,6 +1,6 @@
 // Callers that were compiled against another version of kvtier.h, and what they hand over besides.
 
-#include "tests/capi/engine.h"
+#include "tests/runtime/c_api_engine.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>

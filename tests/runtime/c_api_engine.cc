@@ -1,4 +1,4 @@
-#include "tests/capi/engine.h"
+#include "tests/runtime/c_api_engine.h"
 
 #include <gtest/gtest.h>
 

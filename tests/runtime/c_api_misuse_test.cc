@@ -1,12 +1,11 @@
 // What a caller can get wrong through the C ABI ends in a status and a message, never in a crash,
 // and leaves what was there as it was.
 
-#include "tests/capi/engine.h"
+#include "tests/runtime/c_api_engine.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <atomic>
 #include <functional>
 #include <limits>
 #include <thread>
@@ -396,47 +395,6 @@ TEST(CApiMisuse, EverySelectorAnswersOrSaysWhyNot) {
 }
 
 // --- Threads.
-
-TEST(CApiMisuse, TwoThreadsOnOneSequence) {
-  kvtier_options options = small_options();
-  options.tokens_max = 4096;
-  Engine engine(options);
-  const kvtier_sequence sequence = engine.create();
-  engine.append(sequence, 0, 2000);
-  std::atomic<bool> refused{false};
-  std::thread other([&] {
-    std::vector<float> queries(64, 0.5f);
-    std::vector<float> out(64);
-    kvtier_query query;
-    EXPECT_EQ(KVTIER_QUERY_INIT(&query), KVTIER_OK);
-    query.queries = queries.data();
-    query.out = out.data();
-    query.budget_tokens = 64;
-    while (!refused) {
-      const kvtier_status status = kvtier_step(engine.runtime, sequence, &query, nullptr);
-      if (status == KVTIER_BUSY) {
-        EXPECT_THAT(kvtier_last_error(), HasSubstr("another call"));
-        refused = true;
-      } else {
-        EXPECT_EQ(status, KVTIER_OK) << kvtier_last_error();
-      }
-    }
-  });
-  // Goes on until the other thread has met a call under way; its own may be the one refused.
-  std::uint32_t answered = 0;
-  while (!refused || answered == 0) {
-    const kvtier_query query = engine.ask(0, 500, 0);
-    const kvtier_status status = kvtier_attend_exact(engine.runtime, sequence, &query, nullptr);
-    if (status == KVTIER_BUSY) continue;
-    EXPECT_EQ(status, KVTIER_OK) << kvtier_last_error();
-    if (status != KVTIER_OK) refused = true;  // Lets the other thread end.
-    if (status != KVTIER_OK) break;
-    if (answered++ == 0) {
-      EXPECT_LT(distance(engine.out(), engine.exact_reference(0, 2000)), kTolerance);
-    }
-  }
-  other.join();
-}
 
 TEST(CApiMisuse, MessagesBelongToTheirThread) {
   EXPECT_EQ(kvtier_options_init(nullptr, 8), kInvalid);

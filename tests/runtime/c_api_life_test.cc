@@ -1,13 +1,12 @@
 // The life of a sequence through the C ABI: every answer against plain float64 attention.
 
-#include "tests/capi/engine.h"
+#include "tests/runtime/c_api_engine.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <nlohmann/json.hpp>
 #include <unistd.h>
 
-#include <bit>
 #include <filesystem>
 #include <fstream>
 #include <functional>
@@ -28,21 +27,6 @@ std::string text_of(const std::function<kvtier_status(char*, std::size_t, std::s
   text.pop_back();
   EXPECT_EQ(text.find('\0'), std::string::npos);
   return text;
-}
-
-TEST(CApi, VersionsAgree) {
-  const std::uint32_t version = kvtier_version();
-  EXPECT_EQ(std::to_string(version / 10000) + "." + std::to_string(version / 100 % 100) + "." +
-                std::to_string(version % 100),
-            kvtier_version_string());
-}
-
-TEST(CApi, FeaturesAreByName) {
-  for (const char* name : {"disk", "exact-attention", "fork", "resolve"}) {
-    EXPECT_EQ(kvtier_has_feature(name), 1) << name;
-  }
-  EXPECT_EQ(kvtier_has_feature("warp-drive"), 0);
-  EXPECT_EQ(kvtier_has_feature(nullptr), 0);
 }
 
 TEST(CApi, SelectorsAreListed) {
@@ -88,46 +72,6 @@ TEST(CApi, PromptInChunksThenSteps) {
   EXPECT_EQ(counted, 120u);
 }
 
-// Queries and answers of another type: what comes out is the float32 answer to the rounded queries,
-// rounded.
-TEST(CApi, QueriesMayBeOfAnotherType) {
-  Engine engine(small_options());
-  const kvtier_sequence sequence = engine.create();
-  engine.append(sequence, 0, 50);
-  for (const kvtier_dtype dtype : {KVTIER_F16, KVTIER_BF16}) {
-    kvtier_query query = engine.ask(0, 2, 256);
-    std::vector<std::uint16_t> queries(engine.queries().size());
-    std::vector<float> rounded(queries.size());
-    for (std::size_t i = 0; i < queries.size(); ++i) {
-      if (dtype == KVTIER_BF16) {
-        queries[i] =
-            static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(engine.queries()[i]) >> 16);
-        rounded[i] = std::bit_cast<float>(std::uint32_t{queries[i]} << 16);
-      } else {
-        const _Float16 half = static_cast<_Float16>(engine.queries()[i]);
-        queries[i] = std::bit_cast<std::uint16_t>(half);
-        rounded[i] = static_cast<float>(half);
-      }
-    }
-    query.queries = rounded.data();
-    ASSERT_EQ(kvtier_step(engine.runtime, sequence, &query, nullptr), KVTIER_OK);
-    const std::vector<float> expected = engine.out();
-    std::vector<std::uint16_t> out(expected.size(), 0xFFFF);
-    query.queries = queries.data();
-    query.out = out.data();
-    query.dtype = dtype;
-    ASSERT_EQ(kvtier_step(engine.runtime, sequence, &query, nullptr), KVTIER_OK);
-    for (std::size_t i = 0; i < out.size(); ++i) {
-      const float found = dtype == KVTIER_BF16
-                              ? std::bit_cast<float>(std::uint32_t{out[i]} << 16)
-                              : static_cast<float>(std::bit_cast<_Float16>(out[i]));
-      // Half a unit in the last of 8 or 11 bits, of numbers below 1, and the runtime's own
-      // rounding.
-      EXPECT_NEAR(found, expected[i], dtype == KVTIER_BF16 ? 0x1p-8 : 0x1p-11) << i;
-    }
-  }
-}
-
 TEST(CApi, RowsMayBeStrided) {
   Engine engine(small_options());
   const kvtier_sequence sequence = engine.create();
@@ -154,29 +98,6 @@ TEST(CApi, RowsMayBeStrided) {
   const kvtier_query query = engine.ask(1, 3, 0);
   ASSERT_EQ(kvtier_attend_exact(engine.runtime, sequence, &query, nullptr), KVTIER_OK);
   EXPECT_LT(distance(engine.out(), engine.exact_reference(1, tokens)), kTolerance);
-}
-
-TEST(CApi, DraftsAreTakenBackAndForksGoOn) {
-  Engine engine(small_options());
-  const kvtier_sequence first = engine.create();
-  engine.append(first, 0, 90);
-  // A rejected draft: other tokens, then the right ones at the same positions.
-  engine.append(first, 1000, 5);
-  ASSERT_EQ(kvtier_truncate(engine.runtime, first, 90), KVTIER_OK) << kvtier_last_error();
-  engine.append(first, 90, 3);
-  kvtier_sequence second = 0;
-  ASSERT_EQ(kvtier_sequence_fork(engine.runtime, first, 70, &second), KVTIER_OK)
-      << kvtier_last_error();
-  EXPECT_NE(first, second);
-  engine.append(second, 70, 30);
-  kvtier_query query = engine.ask(0, 2, 256);
-  ASSERT_EQ(kvtier_step(engine.runtime, first, &query, nullptr), KVTIER_OK);
-  EXPECT_LT(distance(engine.out(), engine.exact_reference(0, 93)), kTolerance);
-  // Each lives without the other.
-  ASSERT_EQ(kvtier_sequence_free(engine.runtime, first), KVTIER_OK);
-  query = engine.ask(1, 2, 256);
-  ASSERT_EQ(kvtier_step(engine.runtime, second, &query, nullptr), KVTIER_OK);
-  EXPECT_LT(distance(engine.out(), engine.exact_reference(1, 100)), kTolerance);
 }
 
 TEST(CApi, AttendedRangesAreTheBudget) {
@@ -211,35 +132,6 @@ TEST(CApi, AttendedRangesAreTheBudget) {
   engine.append(sequence, 200, 1);
   ASSERT_EQ(kvtier_attended(engine.runtime, nullptr, 0, &count), KVTIER_OK);
   EXPECT_EQ(count, 0u);
-}
-
-// What an engine with an attention of its own would read from the slots is what was appended.
-TEST(CApi, ResolvedSlotsHoldTheTokens) {
-  Engine engine(small_options());
-  const kvtier_sequence sequence = engine.create();
-  engine.append(sequence, 0, 200);
-  const kvtier_query query = engine.ask(1, 1, 60);
-  kvtier_slots slots = {};
-  slots.struct_size = sizeof slots;
-  const kvtier_status status = kvtier_resolve(engine.runtime, sequence, &query, &slots);
-  ASSERT_EQ(status, KVTIER_OK) << kvtier_last_error();
-  ASSERT_GT(slots.range_count, 0u);
-  EXPECT_LE(slots.tokens_max, 60u);
-  std::uint32_t tokens = 0;
-  for (std::uint32_t i = 0; i < slots.range_count; ++i) {
-    const kvtier_range& range = slots.ranges[i];
-    const char* block = static_cast<const char*>(slots.slab) + range.slot * slots.slot_stride;
-    const auto* keys = reinterpret_cast<const float*>(block);
-    const auto* values = reinterpret_cast<const float*>(block + slots.values_offset);
-    for (std::uint32_t t = range.first_token; t < range.first_token + range.tokens; ++t, ++tokens) {
-      for (std::uint32_t e = 0; e < 16; ++e) {
-        const std::uint32_t position = range.block * 4 + t;
-        EXPECT_EQ(keys[t * 16 + e], content(1, range.head_group, position, e, false));
-        EXPECT_EQ(values[t * 16 + e], content(1, range.head_group, position, e, true));
-      }
-    }
-  }
-  EXPECT_GE(tokens, slots.tokens_max);
 }
 
 TEST(CApi, StatisticsSayTheSameInBothForms) {
