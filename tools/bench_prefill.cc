@@ -30,11 +30,6 @@ constexpr PrefillShape kPrefillShapes[] = {{64, 3, 3, DType::kF32},
                                            {128, 4, 2, DType::kF32},
                                            {128, 4, 2, DType::kF16}};
 
-double median(std::vector<double> values) {
-  std::ranges::sort(values);
-  return values[values.size() / 2];
-}
-
 /// One sequence's blocks, and the last queries of it.
 class PrefillLoad {
  public:
