@@ -13,32 +13,6 @@ kvtier_sequence name_of(std::size_t index, std::uint32_t number) {
   return std::uint64_t{number} << 32 | (index + 1);
 }
 
-/// Content of a sequence is known by where it began; a runtime's blocks never leave its process.
-Origin next_origin(kvtier_runtime& runtime) {
-  return {.high = runtime.options.seed ^ 0x6b76746965720001u, .low = ++runtime.origins};
-}
-
-/// A place for one more sequence.
-Result<std::size_t> free_slot(kvtier_runtime& runtime) {
-  for (std::size_t i = 0; i < runtime.slots.size(); ++i) {
-    if (runtime.slots[i].sequence == nullptr) return i;
-  }
-  if (runtime.slots.size() < runtime.options.sequences_max) {
-    runtime.slots.emplace_back();
-    return runtime.slots.size() - 1;
-  }
-  return no_space(fmt::format("{} sequences are open, as many as sequences_max allows; free one",
-                              runtime.slots.size()));
-}
-
-kvtier_sequence keep(kvtier_runtime& runtime, std::size_t index,
-                     std::unique_ptr<Sequence> sequence) {
-  kvtier_runtime::Slot& slot = runtime.slots[index];
-  slot.sequence = std::move(sequence);
-  slot.number = runtime.next_number++;
-  return name_of(index, slot.number);
-}
-
 Status check_layer(const kvtier_runtime& runtime, std::uint32_t layer) {
   if (layer < runtime.options.layers) return {};
   return invalid_argument(
@@ -56,6 +30,31 @@ Status check_memory(int memory, const void* stream, const char* name) {
       "{} is in device memory or has a stream: this library has no CUDA runtime; pass host memory "
       "and no stream",
       name));
+}
+
+// A sequence's content is named by who made it and when.
+Origin next_origin(kvtier_runtime& runtime) {
+  return {.high = runtime.origin, .low = ++runtime.origins};
+}
+
+Result<std::size_t> free_slot(kvtier_runtime& runtime) {
+  for (std::size_t i = 0; i < runtime.slots.size(); ++i) {
+    if (runtime.slots[i].sequence == nullptr) return i;
+  }
+  if (runtime.slots.size() < runtime.options.sequences_max) {
+    runtime.slots.emplace_back();
+    return runtime.slots.size() - 1;
+  }
+  return no_space(fmt::format("{} sequences are open, as many as sequences_max allows; free one",
+                              runtime.slots.size()));
+}
+
+kvtier_sequence keep_sequence(kvtier_runtime& runtime, std::size_t index,
+                              std::unique_ptr<Sequence> sequence) {
+  kvtier_runtime::Slot& slot = runtime.slots[index];
+  slot.sequence = std::move(sequence);
+  slot.number = runtime.next_number++;
+  return name_of(index, slot.number);
 }
 
 Result<Sequence*> find_sequence(kvtier_runtime& runtime, kvtier_sequence sequence) {
@@ -83,7 +82,7 @@ kvtier_status kvtier_sequence_create(kvtier_runtime* runtime, kvtier_sequence* s
     if (sequence == nullptr) return invalid_argument("sequence is NULL");
     KVTIER_ASSIGN_OR_RETURN(const std::size_t index, free_slot(inner));
     KVTIER_ASSIGN_OR_RETURN(auto created, inner.runtime->create_sequence(next_origin(inner)));
-    *sequence = keep(inner, index, std::move(created));
+    *sequence = keep_sequence(inner, index, std::move(created));
     return {};
   });
 }
@@ -96,7 +95,7 @@ kvtier_status kvtier_sequence_fork(kvtier_runtime* runtime, kvtier_sequence pare
         if (sequence == nullptr) return invalid_argument("sequence is NULL");
         KVTIER_ASSIGN_OR_RETURN(const std::size_t index, free_slot(inner));
         KVTIER_ASSIGN_OR_RETURN(auto forked, found.fork(tokens, next_origin(inner)));
-        *sequence = keep(inner, index, std::move(forked));
+        *sequence = keep_sequence(inner, index, std::move(forked));
         return {};
       });
 }

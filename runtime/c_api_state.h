@@ -1,6 +1,7 @@
 #pragma once
 
 #include "runtime/kvtier.h"
+#include "runtime/prefix_store.h"
 #include "runtime/runtime.h"
 
 #include <atomic>
@@ -36,7 +37,15 @@ struct kvtier_runtime {
   /// Sequences are numbered from a random number on, so that one of another runtime is noticed.
   std::uint32_t first_number = 0;
   std::uint32_t next_number = 0;
+  /// Of this runtime's sequences: blocks that a store hands on are never mistaken for others'.
+  std::uint64_t origin = 0;
   std::uint64_t origins = 0;
+  std::unique_ptr<kvtier::PageCipher> cipher;
+  std::unique_ptr<kvtier::Store> store;
+  std::unique_ptr<kvtier::PrefixStore> prefixes;
+  kvtier_logger logger = nullptr;
+  void* logger_context = nullptr;
+  void log(const std::string& message) const;
 
   /// Set while a call is under way.
   std::atomic_flag entered = ATOMIC_FLAG_INIT;
@@ -120,6 +129,15 @@ kvtier_status with_runtime(kvtier_runtime* runtime, bool changes, Body&& body) n
 /// Pointers of the caller's must be to host memory while there is no CUDA runtime; a device pointer
 /// cannot be told from a bad one, so callers say what theirs are.
 Status check_memory(int memory, const void* stream, const char* name);
+
+/// Ends the prefix store where one is open.
+Status close_store(kvtier_runtime& runtime);
+
+/// A place for one more sequence, and its name once it is there.
+Result<std::size_t> free_slot(kvtier_runtime& runtime);
+kvtier_sequence keep_sequence(kvtier_runtime& runtime, std::size_t index,
+                              std::unique_ptr<Sequence> sequence);
+Origin next_origin(kvtier_runtime& runtime);
 
 /// The sequence of that name. `invalid_argument` for one that was freed or never was.
 Result<Sequence*> find_sequence(kvtier_runtime& runtime, kvtier_sequence sequence);
