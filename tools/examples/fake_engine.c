@@ -15,8 +15,8 @@ enum {
   KV_HEADS = 2,
   QUERY_HEADS = 4,
   HEAD_DIM = 64,
-  PROMPT = 2000,
-  CHUNK = 500,
+  PROMPT = 600,
+  CHUNK = 150,
   ANSWER = 40,
   DRAFT = 4,
   BUDGET = 256
