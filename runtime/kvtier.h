@@ -347,7 +347,8 @@ KVTIER_API kvtier_status kvtier_attended(kvtier_runtime* runtime, kvtier_range* 
  *  `kvtier_attended` holds here. */
 KVTIER_API const char* kvtier_failure_text(kvtier_runtime* runtime, uint32_t number);
 
-/* ---- Prefixes that outlive the process -------------------------------------------------------- */
+/* ---- Prefixes that outlive the process --------------------------------------------------------
+ */
 
 /** What a save promises once it has returned KVTIER_OK. */
 typedef enum kvtier_durability {
@@ -390,9 +391,9 @@ KVTIER_API kvtier_status kvtier_sequence_save(kvtier_runtime* runtime, kvtier_se
                                               double value, uint32_t* saved);
 /** A sequence that begins with the longest stored prefix of `token_ids`; `*tokens` is its length, 0
  *  when nothing was found. Every block is verified; damage ends the prefix before it. */
-KVTIER_API kvtier_status kvtier_sequence_restore(kvtier_runtime* runtime,
-                                                 const uint32_t* token_ids, uint32_t count,
-                                                 kvtier_sequence* sequence, uint32_t* tokens);
+KVTIER_API kvtier_status kvtier_sequence_restore(kvtier_runtime* runtime, const uint32_t* token_ids,
+                                                 uint32_t count, kvtier_sequence* sequence,
+                                                 uint32_t* tokens);
 /** Gives up one save of these tokens. KVTIER_NOT_FOUND when they are not stored. */
 KVTIER_API kvtier_status kvtier_store_forget(kvtier_runtime* runtime, const uint32_t* token_ids,
                                              uint32_t count);
