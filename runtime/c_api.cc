@@ -15,7 +15,10 @@ using namespace kvtier::c_api;
 namespace kvtier::c_api {
 namespace {
 
-thread_local std::string last_error;
+/// Memory that is there already: a message about memory that is lacking must not need any.
+thread_local char last_error[2048];
+/// More events than this fill memory before a person has looked at them.
+constexpr std::uint32_t kTimelineEventsMax = 1u << 24;
 
 kvtier_status code_of(StatusCode code) {
   switch (code) {
@@ -69,6 +72,7 @@ Status translate_model(const kvtier_options& given, RuntimeOptions& options) {
         fmt::format("query_heads is {} and kv_heads is {}; expected a positive multiple",
                     given.query_heads, given.kv_heads));
   }
+  if (given.head_dim == 0) return invalid_argument("head_dim is 0, expected at least 1");
   options.block.head_dim = given.head_dim;
   options.block.value_dim = given.value_dim == 0 ? given.head_dim : given.value_dim;
   options.block.kv_heads = given.kv_heads;
@@ -112,6 +116,7 @@ Status translate(const kvtier_options& given, RuntimeOptions& options) {
   options.look_ahead_bytes = given.look_ahead_bytes;
   options.deterministic = given.deterministic != 0;
   options.seed = given.seed;
+  if (given.measure_interval != 0) options.measure_interval_max = given.measure_interval;
   options.tokens_max = given.tokens_max;
   options.sequences_max = given.sequences_max;
   options.device_capacity_bytes = given.device_capacity_bytes;
@@ -138,9 +143,13 @@ Status open(const kvtier_options& given, kvtier_runtime& target) {
     return invalid_argument(fmt::format("threads is {}, expected at most 4096", given.threads));
   }
   RuntimeOptions& options = target.options;
-  target.slots.resize(options.sequences_max);
   std::random_device random;
   target.origin = std::uint64_t{random()} << 32 | random();
+  target.first_number = target.next_number = random();
+  if (given.timeline_events > kTimelineEventsMax) {
+    return invalid_argument(fmt::format("timeline_events is {}, expected at most {}",
+                                        given.timeline_events, kTimelineEventsMax));
+  }
   if (given.timeline_events > 0) {
     target.timeline = std::make_unique<Timeline>(given.timeline_events);
   }
@@ -188,9 +197,16 @@ Status close(kvtier_runtime& runtime) {
 
 }  // namespace
 
-kvtier_status report(const Status& status) {
-  if (!status.ok()) last_error = status.message();
-  return code_of(status.code());
+kvtier_status report(kvtier_status code, const char* message) noexcept {
+  const std::size_t size = std::min(std::strlen(message), sizeof last_error - 1);
+  std::memcpy(last_error, message, size);
+  last_error[size] = '\0';
+  return code;
+}
+
+kvtier_status report(const Status& status) noexcept {
+  const kvtier_status code = code_of(status.code());
+  return status.ok() ? code : report(code, status.message().c_str());
 }
 
 }  // namespace kvtier::c_api
@@ -249,7 +265,7 @@ const char* kvtier_status_name(kvtier_status status) {
   return index < std::size(kNames) ? kNames[index] : "unknown";
 }
 
-const char* kvtier_last_error(void) { return last_error.c_str(); }
+const char* kvtier_last_error(void) { return last_error; }
 
 kvtier_status kvtier_options_init(kvtier_options* options, size_t struct_size) {
   return guarded([&] { return init_struct(default_options(), "options", options, struct_size); });
@@ -302,6 +318,10 @@ kvtier_status kvtier_runtime_close(kvtier_runtime* runtime) {
     {
       Turn turn(*runtime);
       KVTIER_RETURN_IF_ERROR(turn.status());
+    }
+    // What a call left half done can be neither ended nor freed safely: it stays where it is.
+    if (runtime->broken) {
+      throw std::runtime_error("an earlier call failed inside the library; its memory is lost");
     }
     const std::unique_ptr<kvtier_runtime> owned(runtime);
     return close(*owned);

@@ -40,10 +40,7 @@ class Question {
     if (given_.queries == nullptr || (answers && given_.out == nullptr)) {
       return invalid_argument("query.queries or query.out is NULL");
     }
-    if (given_.stream != nullptr) {
-      return unsupported(
-          "query.stream is not NULL: this library has no CUDA runtime; pass host memory");
-    }
+    KVTIER_RETURN_IF_ERROR(check_memory(given_.memory, given_.stream, "query"));
     switch (given_.dtype) {
       case KVTIER_F16: dtype_ = DType::kF16; break;
       case KVTIER_BF16: dtype_ = DType::kBF16; break;

@@ -8,8 +8,9 @@ using namespace kvtier::c_api;
 namespace kvtier::c_api {
 namespace {
 
-kvtier_sequence name_of(std::size_t index, std::uint32_t generation) {
-  return std::uint64_t{generation} << 32 | index;
+/// The place counts from 1, so that no sequence is called 0.
+kvtier_sequence name_of(std::size_t index, std::uint32_t number) {
+  return std::uint64_t{number} << 32 | (index + 1);
 }
 
 Status check_layer(const kvtier_runtime& runtime, std::uint32_t layer) {
@@ -18,21 +19,31 @@ Status check_layer(const kvtier_runtime& runtime, std::uint32_t layer) {
       fmt::format("layer is {}, the runtime has {}", layer, runtime.options.layers));
 }
 
-Status refuse_stream(const void* stream) {
-  if (stream == nullptr) return {};
-  return unsupported("stream is not NULL: this library has no CUDA runtime; pass host memory");
-}
-
 }  // namespace
+
+Status check_memory(int memory, const void* stream, const char* name) {
+  if (memory != KVTIER_MEMORY_HOST && memory != KVTIER_MEMORY_DEVICE) {
+    return invalid_argument(fmt::format("{}.memory is {}, expected 0 or 1", name, memory));
+  }
+  if (memory == KVTIER_MEMORY_HOST && stream == nullptr) return {};
+  return unsupported(fmt::format(
+      "{} is in device memory or has a stream: this library has no CUDA runtime; pass host memory "
+      "and no stream",
+      name));
+}
 
 // A sequence's content is named by who made it and when.
 Origin next_origin(kvtier_runtime& runtime) {
   return {.high = runtime.origin, .low = ++runtime.origins};
 }
 
-Result<std::size_t> free_slot(const kvtier_runtime& runtime) {
+Result<std::size_t> free_slot(kvtier_runtime& runtime) {
   for (std::size_t i = 0; i < runtime.slots.size(); ++i) {
     if (runtime.slots[i].sequence == nullptr) return i;
+  }
+  if (runtime.slots.size() < runtime.options.sequences_max) {
+    runtime.slots.emplace_back();
+    return runtime.slots.size() - 1;
   }
   return no_space(fmt::format("{} sequences are open, as many as sequences_max allows; free one",
                               runtime.slots.size()));
@@ -42,17 +53,17 @@ kvtier_sequence keep_sequence(kvtier_runtime& runtime, std::size_t index,
                               std::unique_ptr<Sequence> sequence) {
   kvtier_runtime::Slot& slot = runtime.slots[index];
   slot.sequence = std::move(sequence);
-  ++slot.generation;
-  return name_of(index, slot.generation);
+  slot.number = runtime.next_number++;
+  return name_of(index, slot.number);
 }
 
 Result<Sequence*> find_sequence(kvtier_runtime& runtime, kvtier_sequence sequence) {
-  const std::size_t index = sequence & 0xFFFFFFFFu;
-  const auto generation = static_cast<std::uint32_t>(sequence >> 32);
-  if (index < runtime.slots.size()) {
-    const kvtier_runtime::Slot& slot = runtime.slots[index];
-    if (slot.generation == generation && slot.sequence != nullptr) return slot.sequence.get();
-    if (generation != 0 && generation <= slot.generation) {
+  const std::size_t place = sequence & 0xFFFFFFFFu;
+  const auto number = static_cast<std::uint32_t>(sequence >> 32);
+  if (place > 0 && place <= runtime.slots.size()) {
+    const kvtier_runtime::Slot& slot = runtime.slots[place - 1];
+    if (slot.number == number && slot.sequence != nullptr) return slot.sequence.get();
+    if (number - runtime.first_number < runtime.next_number - runtime.first_number) {
       return invalid_argument(fmt::format("sequence {:#x} was freed", sequence));
     }
   }
@@ -93,7 +104,7 @@ kvtier_status kvtier_sequence_free(kvtier_runtime* runtime, kvtier_sequence sequ
   if (sequence == 0) return KVTIER_OK;
   return with_sequence(runtime, sequence, true, [&](kvtier_runtime& inner, Sequence& found) {
     const Status status = found.close();
-    inner.slots[sequence & 0xFFFFFFFFu].sequence.reset();
+    inner.slots[(sequence & 0xFFFFFFFFu) - 1].sequence.reset();
     return status;
   });
 }
@@ -116,7 +127,10 @@ kvtier_status kvtier_append(kvtier_runtime* runtime, kvtier_sequence sequence, u
         kvtier_rows given{};
         KVTIER_RETURN_IF_ERROR(read_struct(rows, "rows", given));
         KVTIER_RETURN_IF_ERROR(check_layer(inner, layer));
-        KVTIER_RETURN_IF_ERROR(refuse_stream(given.stream));
+        KVTIER_RETURN_IF_ERROR(check_memory(given.memory, given.stream, "rows"));
+        if (given.reserved != 0) {
+          return invalid_argument(fmt::format("rows.reserved is {}, expected 0", given.reserved));
+        }
         if (given.tokens > 0 && (given.keys == nullptr || given.values == nullptr)) {
           return invalid_argument("rows.keys or rows.values is NULL");
         }

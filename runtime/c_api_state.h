@@ -12,6 +12,7 @@
 #include <new>
 #include <optional>
 #include <span>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -22,7 +23,7 @@ struct kvtier_runtime {
 
   struct Slot {
     std::unique_ptr<kvtier::Sequence> sequence;
-    std::uint32_t generation = 0;  ///< Of the sequence that is, or will be, here.
+    std::uint32_t number = 0;  ///< Of the sequence that is here.
   };
 
   kvtier::SteadyClock clock;
@@ -32,7 +33,10 @@ struct kvtier_runtime {
   std::unique_ptr<kvtier::File> disk;
   std::unique_ptr<kvtier::Runtime> runtime;
   kvtier::RuntimeOptions options;
-  std::vector<Slot> slots;
+  std::vector<Slot> slots;  ///< At most `sequences_max`.
+  /// Sequences are numbered from a random number on, so that one of another runtime is noticed.
+  std::uint32_t first_number = 0;
+  std::uint32_t next_number = 0;
   /// Of this runtime's sequences: blocks that a store hands on are never mistaken for others'.
   std::uint64_t origin = 0;
   std::uint64_t origins = 0;
@@ -45,6 +49,8 @@ struct kvtier_runtime {
 
   /// Set while a call is under way.
   std::atomic_flag entered = ATOMIC_FLAG_INIT;
+  /// A call was left by an exception: nobody knows what it had changed, so nothing is asked again.
+  bool broken = false;
   /// Of the last step; the spans live until the next call.
   std::span<const kvtier::AttendedRange> attended;
   std::vector<std::string> failures;
@@ -58,7 +64,8 @@ struct kvtier_runtime {
 namespace kvtier::c_api {
 
 /// Remembers the message for `kvtier_last_error` and gives the code.
-kvtier_status report(const Status& status);
+kvtier_status report(const Status& status) noexcept;
+kvtier_status report(kvtier_status code, const char* message) noexcept;
 
 /// Runs what may fail or throw: nothing leaves but a code.
 template <typename Body>
@@ -66,13 +73,11 @@ kvtier_status guarded(Body&& body) noexcept {
   try {
     return report(body());
   } catch (const std::bad_alloc&) {
-    return report(Status(StatusCode::kNoSpace, "the process has no memory left"));
+    return report(KVTIER_NO_SPACE, "the process has no memory left");
   } catch (const std::exception& failure) {
-    report(io_error(failure.what()));
-    return KVTIER_INTERNAL;
+    return report(KVTIER_INTERNAL, failure.what());
   } catch (...) {
-    report(io_error("an unknown failure inside the library"));
-    return KVTIER_INTERNAL;
+    return report(KVTIER_INTERNAL, "an unknown failure inside the library");
   }
 }
 
@@ -97,26 +102,39 @@ class Turn {
 };
 
 /// Runs `body(runtime)` as the runtime's only call. `changes` is false for calls after which the
-/// views of the last step still hold.
+/// views of the last step still hold. An exception that leaves a call that changes something is the
+/// runtime's last.
 template <typename Body>
 kvtier_status with_runtime(kvtier_runtime* runtime, bool changes, Body&& body) noexcept {
-  return guarded([&]() -> Status {
+  bool broke = false;
+  const kvtier_status status = guarded([&]() -> Status {
     if (runtime == nullptr) return invalid_argument("runtime is NULL");
     const Turn turn(*runtime);
     KVTIER_RETURN_IF_ERROR(turn.status());
+    if (runtime->broken) {
+      throw std::runtime_error("an earlier call failed inside the library; close the runtime");
+    }
     if (changes) {
       runtime->attended = {};
       runtime->failures.clear();
     }
-    return body(*runtime);
+    broke = runtime->broken = changes;
+    Status done = body(*runtime);
+    broke = runtime->broken = false;
+    return done;
   });
+  return broke ? KVTIER_INTERNAL : status;
 }
+
+/// Pointers of the caller's must be to host memory while there is no CUDA runtime; a device pointer
+/// cannot be told from a bad one, so callers say what theirs are.
+Status check_memory(int memory, const void* stream, const char* name);
 
 /// Ends the prefix store where one is open.
 Status close_store(kvtier_runtime& runtime);
 
 /// A place for one more sequence, and its name once it is there.
-Result<std::size_t> free_slot(const kvtier_runtime& runtime);
+Result<std::size_t> free_slot(kvtier_runtime& runtime);
 kvtier_sequence keep_sequence(kvtier_runtime& runtime, std::size_t index,
                               std::unique_ptr<Sequence> sequence);
 Origin next_origin(kvtier_runtime& runtime);
@@ -133,12 +151,15 @@ kvtier_status with_sequence(kvtier_runtime* runtime, kvtier_sequence sequence, b
   });
 }
 
+/// More than any version adds; a size beyond it was never set.
+inline constexpr std::size_t kStructGrowthMax = 4096;
+
 /// Reads a struct that begins with its size into one of our size that holds the defaults already.
 template <typename Struct>
 Status read_struct(const Struct* given, const char* name, Struct& target) {
   if (given == nullptr) return invalid_argument(std::string(name) + " is NULL");
   const std::size_t size = given->struct_size;
-  if (size < sizeof(std::size_t)) {
+  if (size < sizeof(std::size_t) || size > sizeof(Struct) + kStructGrowthMax) {
     return invalid_argument(
         fmt::format("{}.struct_size is {}; call its _init function first", name, size));
   }
@@ -155,16 +176,21 @@ Status read_struct(const Struct* given, const char* name, Struct& target) {
   return {};
 }
 
-/// Writes as much of `value` as the caller's struct has room for; its size stays what it was.
+/// Writes as much of `value` as the caller's struct has room for, and zero behind it; its size
+/// stays what it was.
 template <typename Struct>
 Status write_struct(const Struct& value, const char* name, Struct* target) {
   if (target == nullptr) return invalid_argument(std::string(name) + " is NULL");
   const std::size_t size = target->struct_size;
-  if (size < sizeof(std::size_t)) {
+  if (size < sizeof(std::size_t) || size > sizeof(Struct) + kStructGrowthMax) {
     return invalid_argument(
         fmt::format("{0}.struct_size is {1}; set it to sizeof({0})", name, size));
   }
   std::memcpy(target, &value, std::min(size, sizeof(Struct)));
+  if (size > sizeof(Struct)) {
+    std::memset(reinterpret_cast<unsigned char*>(target) + sizeof(Struct), 0,
+                size - sizeof(Struct));
+  }
   target->struct_size = size;
   return {};
 }
@@ -173,7 +199,7 @@ Status write_struct(const Struct& value, const char* name, Struct* target) {
 template <typename Struct>
 Status init_struct(const Struct& defaults, const char* name, Struct* target, std::size_t size) {
   if (target == nullptr) return invalid_argument(std::string(name) + " is NULL");
-  if (size < sizeof(std::size_t)) {
+  if (size < sizeof(std::size_t) || size > sizeof(Struct) + kStructGrowthMax) {
     return invalid_argument(fmt::format("struct_size is {}, expected sizeof({})", size, name));
   }
   std::memset(target, 0, size);

@@ -61,7 +61,8 @@ typedef enum kvtier_status {
   KVTIER_CORRUPT = 6, /**< Blocks that were wanted are damaged beyond repair. */
   KVTIER_UNSUPPORTED = 7,
   KVTIER_INVALID_ARGUMENT = 8, /**< The message names the argument and what would be accepted. */
-  KVTIER_INTERNAL = 9          /**< No memory, or a defect of this library. */
+  KVTIER_INTERNAL =
+      9 /**< No memory, or a defect of this library: the runtime can only be closed. */
 } kvtier_status;
 
 /** "ok", "no_space", ... Lives for ever. */
@@ -346,7 +347,8 @@ KVTIER_API kvtier_status kvtier_attended(kvtier_runtime* runtime, kvtier_range* 
  *  `kvtier_attended` holds here. */
 KVTIER_API const char* kvtier_failure_text(kvtier_runtime* runtime, uint32_t number);
 
-/* ---- Prefixes that outlive the process -------------------------------------------------------- */
+/* ---- Prefixes that outlive the process --------------------------------------------------------
+ */
 
 /** What a save promises once it has returned KVTIER_OK. */
 typedef enum kvtier_durability {
@@ -389,9 +391,9 @@ KVTIER_API kvtier_status kvtier_sequence_save(kvtier_runtime* runtime, kvtier_se
                                               double value, uint32_t* saved);
 /** A sequence that begins with the longest stored prefix of `token_ids`; `*tokens` is its length, 0
  *  when nothing was found. Every block is verified; damage ends the prefix before it. */
-KVTIER_API kvtier_status kvtier_sequence_restore(kvtier_runtime* runtime,
-                                                 const uint32_t* token_ids, uint32_t count,
-                                                 kvtier_sequence* sequence, uint32_t* tokens);
+KVTIER_API kvtier_status kvtier_sequence_restore(kvtier_runtime* runtime, const uint32_t* token_ids,
+                                                 uint32_t count, kvtier_sequence* sequence,
+                                                 uint32_t* tokens);
 /** Gives up one save of these tokens. KVTIER_NOT_FOUND when they are not stored. */
 KVTIER_API kvtier_status kvtier_store_forget(kvtier_runtime* runtime, const uint32_t* token_ids,
                                              uint32_t count);

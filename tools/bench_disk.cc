@@ -1,5 +1,6 @@
 #include "tools/bench_disk.h"
 
+#include "tools/bench_clock.h"
 #include "tools/disk_load.h"
 #include "tools/fio_peer.h"
 
@@ -29,11 +30,6 @@ struct Row {
   double ratio_to_unverified = 0;
   std::optional<double> ratio_to_fio;
 };
-
-double median(std::vector<double> values) {
-  std::ranges::sort(values);
-  return values[values.size() / 2];
-}
 
 class DiskBench {
  public:

@@ -30,11 +30,6 @@ constexpr PrefillShape kPrefillShapes[] = {{64, 3, 3, DType::kF32},
                                            {128, 4, 2, DType::kF32},
                                            {128, 4, 2, DType::kF16}};
 
-double median_of(std::vector<double> values) {
-  std::ranges::sort(values);
-  return values[values.size() / 2];
-}
-
 /// One sequence's blocks, and the last queries of it.
 class PrefillLoad {
  public:
@@ -167,8 +162,8 @@ Result<float> measure_prefill(const PrefillShape& shape, unsigned threads,
                                       .element_bytes = size_of(shape.dtype)});
     if (peer) ratios.push_back(*peer / seconds.back());
   }
-  const double middle = median_of(seconds);
-  const std::string ratio = ratios.empty() ? "-" : fmt::format("{:.2f}", median_of(ratios));
+  const double middle = median(seconds);
+  const std::string ratio = ratios.empty() ? "-" : fmt::format("{:.2f}", median(ratios));
   fmt::print("{:>4} {:>5} {:>8} {:>5} {:>7} {:>9.1f} {:>9.1f} {:>10} {:>10.1e}\n", shape.head_dim,
              shape.group, shape.kv_heads, to_string(shape.dtype), threads, middle * 1e3,
              load.operations() / middle / 1e9, ratio, difference);

@@ -22,11 +22,6 @@ namespace {
 constexpr std::uint32_t kPromptQueries = 512;
 constexpr std::uint32_t kChunkTokens = 2048;
 
-double median(std::vector<double> values) {
-  std::ranges::sort(values);
-  return values[values.size() / 2];
-}
-
 /// Keys and values twice: as rows, for selectors, and in blocks one behind the other, for exact
 /// attention. Queries, marks and scores for whoever needs them.
 class Context {

@@ -25,7 +25,8 @@ cc -std=c11 -Wall -Wextra -Wpedantic -Werror "$here/c/main.c" -o "$work/with-pkg
 LD_LIBRARY_PATH=$(dirname "$pc") "$work/with-pkg-config"
 
 # An accidental export is a promise that nobody meant, a missing one breaks who is linked already.
-nm -D --defined-only "$(find "$work/prefix" -name libkvtier.so)" | awk '$2 == "T" {print $3}' |
+# "A" is the version's own name.
+nm -D --defined-only "$(find "$work/prefix" -name libkvtier.so)" | awk '$2 != "A" {print $3}' |
   sed 's/@.*//' | sort | diff "$here/symbols.txt" - ||
   { echo 'the exported names differ from tests/consumer/symbols.txt'; exit 1; }
 

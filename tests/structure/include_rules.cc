@@ -63,10 +63,10 @@ const std::set<std::string> kJsonWriters = {"runtime/c_api_report.cc", "runtime/
 // Headers of the system: C++'s own have neither dot nor slash.
 bool is_system_header(const std::string& path) {
   static const std::set<std::string> kFiles = {
-      "aio.h",     "arm_neon.h", "cpuid.h",   "dirent.h",    "dlfcn.h",  "emmintrin.h",
-      "errno.h",   "fcntl.h",    "getopt.h",  "immintrin.h", "limits.h", "poll.h",
-      "pthread.h", "sched.h",    "spawn.h",   "termios.h",   "signal.h", "stdint.h",
-      "stdlib.h",  "string.h",   "syscall.h", "time.h",      "unistd.h", "x86intrin.h"};
+      "aio.h",     "arm_neon.h", "cpuid.h",     "dirent.h",   "dlfcn.h",  "emmintrin.h", "errno.h",
+      "fcntl.h",   "getopt.h",   "immintrin.h", "limits.h",   "poll.h",   "pthread.h",   "sched.h",
+      "spawn.h",   "termios.h",  "signal.h",    "stddef.h",   "stdint.h", "stdlib.h",    "string.h",
+      "syscall.h", "time.h",     "unistd.h",    "x86intrin.h"};
   if (path.find_first_of("./") == std::string::npos || kFiles.count(path) > 0) return true;
   return path.starts_with("sys/") || path.starts_with("linux/") || path.starts_with("asm/");
 }

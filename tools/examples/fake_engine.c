@@ -5,7 +5,6 @@
  * cc fake_engine.c $(pkg-config --cflags --libs kvtier) -o fake_engine && ./fake_engine [DIRECTORY]
  * With a directory, most of the context lies there on disk. */
 #include <kvtier.h>
-
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -15,8 +14,8 @@ enum {
   KV_HEADS = 2,
   QUERY_HEADS = 4,
   HEAD_DIM = 64,
-  PROMPT = 2000,
-  CHUNK = 500,
+  PROMPT = 600,
+  CHUNK = 150,
   ANSWER = 40,
   DRAFT = 4,
   BUDGET = 256
@@ -149,8 +148,9 @@ int main(int argc, char** argv) {
   kvtier_stats stats;
   stats.struct_size = sizeof(stats);
   check(kvtier_get_stats(runtime, &stats), "stats");
-  printf("device  %8.1f KiB of %.1f KiB in use, %llu hits\n", (double)stats.device.used_bytes / 1024,
-         (double)stats.device.capacity_bytes / 1024, (unsigned long long)stats.device.hits);
+  printf("device  %8.1f KiB of %.1f KiB in use, %llu hits\n",
+         (double)stats.device.used_bytes / 1024, (double)stats.device.capacity_bytes / 1024,
+         (unsigned long long)stats.device.hits);
   printf("host    %8.1f KiB in use, %llu hits; disk %.1f KiB, %llu hits\n",
          (double)stats.host.used_bytes / 1024, (unsigned long long)stats.host.hits,
          (double)stats.disk.used_bytes / 1024, (unsigned long long)stats.disk.hits);
