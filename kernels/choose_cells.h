@@ -12,8 +12,8 @@ namespace kvtier {
 
 /// The k best cells of every list after `pool_scan`, which has counted first digits: exact, equal
 /// scores in ascending index order, and the answer in ascending index order too, so that whatever
-/// is made of it has one order. One or two kernels, where `top_k` takes six: the cut by the first digit is
-/// known, few candidates are left behind it, and nobody needs them sorted by score.
+/// is made of it has one order. One or two kernels, where `top_k` takes six: the cut by the first
+/// digit is known, few candidates are left behind it, and nobody needs them sorted by score.
 struct ChooseCellsParams {
   std::uint32_t k = 0;  ///< Up to `kMaxTopK`.
   /// [lists, k]: cells, ascending; `kNoIndex` behind fewer candidates.

@@ -22,6 +22,7 @@ class FakeCudaCalls : public CudaCalls {
   /// Streams, events, allocations and registrations that are not given back yet.
   std::size_t alive() const { return alive_.size(); }
   int launches = 0;
+  int waits = 0;  ///< Of the CPU for a stream or an event.
   GpuTraits device = {.name = "fake",
                       .capability = 90,
                       .multiprocessors = 132,
@@ -68,13 +69,19 @@ class FakeCudaCalls : public CudaCalls {
     return create(reinterpret_cast<void**>(stream), 64);
   }
   CudaError destroy_stream(CUstream_st* stream) override { return destroy(stream); }
-  CudaError synchronize(CUstream_st*) override { return next(); }
+  CudaError synchronize(CUstream_st*) override {
+    ++waits;
+    return next();
+  }
   CudaError create_event(CUevent_st** event) override {
     return create(reinterpret_cast<void**>(event), 64);
   }
   CudaError destroy_event(CUevent_st* event) override { return destroy(event); }
   CudaError record(CUevent_st*, CUstream_st*) override { return next(); }
-  CudaError wait_event(CUevent_st*) override { return next(); }
+  CudaError wait_event(CUevent_st*) override {
+    ++waits;
+    return next();
+  }
   CudaError elapsed_ms(CUevent_st*, CUevent_st*, float& ms) override {
     ms = 1.5f;
     return next();

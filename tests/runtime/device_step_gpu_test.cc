@@ -1,5 +1,4 @@
 #include "runtime/device_step.h"
-#include "tests/kernels/fake_cuda_calls.h"
 #include "tests/runtime/device_step_case.h"
 
 #include <algorithm>
@@ -166,35 +165,6 @@ TEST_F(DeviceStepGpu, AShorterContextThanTheBound) {
   c.tables().run_counts = few.as<std::uint32_t>();
   run(step, c);
   EXPECT_EQ(c.report().misses, 30u);  // Two runs of eight blocks but for the sinks, in two lists.
-}
-
-TEST_F(DeviceStepGpu, EveryFailedCallComesBack) {
-  const DeviceStepCase c(gpu(), stream(), small_shape(), 60, 8);
-  const auto attempt = [&](FakeCudaCalls& calls) -> Status {
-    KVTIER_ASSIGN_OR_RETURN(const Gpu fake, Gpu::open(calls));
-    const StreamRef somewhere(reinterpret_cast<CUstream_st*>(0x1000));
-    KVTIER_ASSIGN_OR_RETURN(const DeviceStep step,
-                            DeviceStep::make(fake, c.shape(), {}, somewhere));
-    return step.enqueue(c.tables(), somewhere);
-  };
-  FakeCudaCalls calls;
-  ASSERT_TRUE(attempt(calls).ok());
-  EXPECT_EQ(calls.alive(), 0u);
-  for (int first = 0; first < calls.calls(); ++first) {
-    FakeCudaCalls broken;
-    broken.fail_from(first, 2);
-    EXPECT_EQ(attempt(broken).code(), StatusCode::kNoSpace) << first;
-    EXPECT_EQ(broken.alive(), 0u) << first;
-  }
-}
-
-TEST_F(DeviceStepGpu, OtherShapesAreRefused) {
-  DeviceStepShape shape = small_shape();
-  shape.tokens_per_block = 16;
-  EXPECT_EQ(DeviceStep::make(gpu(), shape, {}, stream()).status().code(), StatusCode::kUnsupported);
-  shape = small_shape();
-  shape.sinks = 9;
-  EXPECT_EQ(DeviceStep::make(gpu(), shape, {}, stream()).status().code(), StatusCode::kUnsupported);
 }
 
 }  // namespace
