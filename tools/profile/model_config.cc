@@ -3,7 +3,7 @@
 #include "tools/profile/model_families.h"
 #include "tools/trace/json_document.h"
 #include "tools/trace/mapped_file.h"
-#include "tools/trace/sha256.h"
+#include "transfer/sha256.h"
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
