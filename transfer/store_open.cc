@@ -244,6 +244,26 @@ Status Store::State::open_existing() {
   return {};
 }
 
+// Whether the only thing here is a first segment without a header: what a process leaves that was
+// killed while it made the store. Nothing can have been committed to it.
+Result<bool> Store::State::is_unfinished() {
+  for (const std::string& later : {segment_name(1), std::string(kIndexFileName)}) {
+    KVTIER_ASSIGN_OR_RETURN(const std::optional<std::uint64_t> size, directory->size_of(later));
+    if (size) return false;
+  }
+  KVTIER_ASSIGN_OR_RETURN(const std::optional<std::uint64_t> size,
+                          directory->size_of(segment_name(0)));
+  if (!size) return false;
+  if (*size < 2 * SegmentHeader::kBytes) return true;
+  KVTIER_ASSIGN_OR_RETURN(std::unique_ptr<File> file, directory->open(segment_name(0)));
+  const std::span<std::byte> pages = staged(0).first(2 * SegmentHeader::kBytes);
+  std::fill(pages.begin(), pages.end(), std::byte{1});
+  const Result<SegmentHeader> header = read_header(*file);
+  KVTIER_RETURN_IF_ERROR(file->close());
+  return !header.ok() &&
+         std::all_of(pages.begin(), pages.end(), [](std::byte b) { return b == std::byte{0}; });
+}
+
 Status Store::State::open_files() {
   KVTIER_ASSIGN_OR_RETURN(staging, Region::allocate({.bytes = kStagedPlaces * SpaceMap::kChunkBytes,
                                                      .huge_pages = false}));
@@ -252,6 +272,11 @@ Status Store::State::open_files() {
     KVTIER_ASSIGN_OR_RETURN(const std::optional<std::uint64_t> size,
                             directory->size_of(segment_name(i)));
     exists = size.has_value();
+  }
+  if (exists && !options.read_only) {
+    KVTIER_ASSIGN_OR_RETURN(const bool unfinished, is_unfinished());
+    if (unfinished) KVTIER_RETURN_IF_ERROR(directory->remove(segment_name(0)));
+    exists = !unfinished;
   }
   if (!exists && options.read_only) {
     return not_found(fmt::format("{}: there is no store", directory->name()));

@@ -170,6 +170,7 @@ struct Store::State {
   Result<SegmentHeader> read_header(File& file);
   SegmentHeader header_of(std::uint32_t segment) const;
   Status find_geometry();
+  Result<bool> is_unfinished();
   Status load_index();
   Status load_items(std::span<const IndexRecord> records);
   Status rebuild(const std::string& reason);

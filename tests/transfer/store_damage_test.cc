@@ -188,5 +188,21 @@ TEST_F(StoreDamageTest, ALostSegmentIsMadeAnewAndTheRestStays) {
   EXPECT_TRUE(store->close().ok());
 }
 
+TEST_F(StoreDamageTest, AStoreWhoseMakingWasCutOffIsMadeAnew) {
+  for (const std::size_t bytes : {0ul, 4096ul, 1ul << 20}) {
+    drive_.files().clear();
+    drive_.files()["segment-0000"].written.resize(bytes);
+    auto store = open();
+    ASSERT_TRUE(put_item(*store, layout_, 1).ok());
+    EXPECT_TRUE(is_whole(*store, 1));
+    EXPECT_TRUE(store->close().ok());
+  }
+  // What has content is not taken for that.
+  drive_.files().clear();
+  drive_.files()["segment-0000"].written.resize(1 << 20, std::byte{7});
+  EXPECT_EQ(Store::open(drive_.open(), test::store_options(kCapacity)).status().code(),
+            StatusCode::kCorrupt);
+}
+
 }  // namespace store_damage
 }  // namespace kvtier
