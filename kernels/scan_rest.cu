@@ -74,6 +74,33 @@ __device__ float rest_of_run(const Arguments& a, std::uint32_t list, std::uint32
   return scale * sum;
 }
 
+/// Adds one query's sums up over the CTA, ways within a warp first. All threads call.
+template <unsigned kValueDim>
+__device__ void leave_sums(float (&sums)[8], float (&shared_sums)[kWarps][kValueDim],
+                           float* target) {
+  constexpr unsigned kRowLanes = kValueDim / 8;
+  const unsigned warp = threadIdx.x / kWarpLanes;
+  const unsigned lane = threadIdx.x % kWarpLanes;
+#pragma unroll
+  for (float& sum : sums) {
+#pragma unroll
+    for (unsigned lanes = kRowLanes; lanes < kWarpLanes; lanes *= 2) {
+      sum += __shfl_xor_sync(kAllLanes, sum, lanes);
+    }
+  }
+  __syncthreads();
+  if (lane < kRowLanes) {
+#pragma unroll
+    for (unsigned i = 0; i < 8; ++i) shared_sums[warp][lane * 8 + i] = sums[i];
+  }
+  __syncthreads();
+  if (threadIdx.x >= kValueDim) return;
+  float sum = 0.0f;
+#pragma unroll
+  for (unsigned w = 0; w < kWarps; ++w) sum += shared_sums[w][threadIdx.x];
+  target[threadIdx.x] = sum;
+}
+
 /// A thread holds eight values of every so many-th run of a piece, for all queries.
 template <typename Element, unsigned kValueDim>
 __global__ void __launch_bounds__(kThreads) sum_rest_kernel(const __grid_constant__ Arguments a) {
@@ -134,25 +161,7 @@ __global__ void __launch_bounds__(kThreads) sum_rest_kernel(const __grid_constan
 #pragma unroll
   for (unsigned query = 0; query < kMaxGroup; ++query) {
     if (query >= a.group) break;
-      // Ways within a warp, then warps.
-#pragma unroll
-    for (float& sum : sums[query]) {
-#pragma unroll
-      for (unsigned lanes = kRowLanes; lanes < kWarpLanes; lanes *= 2) {
-        sum += __shfl_xor_sync(kAllLanes, sum, lanes);
-      }
-    }
-    __syncthreads();
-    if (lane < kRowLanes) {
-#pragma unroll
-      for (unsigned i = 0; i < 8; ++i) shared_sums[warp][eighth * 8 + i] = sums[query][i];
-    }
-    __syncthreads();
-    if (threadIdx.x >= kValueDim) continue;
-    float sum = 0.0f;
-#pragma unroll
-    for (unsigned w = 0; w < kWarps; ++w) sum += shared_sums[w][threadIdx.x];
-    a.part(list, blockIdx.x, query)[threadIdx.x] = sum;
+    leave_sums<kValueDim>(sums[query], shared_sums, a.part(list, blockIdx.x, query));
   }
 }
 
