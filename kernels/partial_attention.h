@@ -10,7 +10,8 @@
 
 namespace kvtier {
 
-/// Largest number of queries of one sequence in one call: a token, or a draft to verify.
+/// Largest number of queries of one step: a token, or a draft to verify. Tasks with more are
+/// prompts, for which each key and value is converted once for many queries.
 inline constexpr std::uint32_t kMaxStepQueries = 8;
 /// Tokens whose logits are computed before the running maximum is updated once.
 inline constexpr std::uint32_t kAttentionTileTokens = 64;
@@ -55,8 +56,12 @@ class AttentionWorkspace;
 /// the task alone, so a result does not depend on the number of workers. Splits long lists over the
 /// workers in chunks; a pool of one runs on the calling thread.
 ///
-/// Returns `unsupported` for head or value dims that are not multiples of 8 or above 576, more than
-/// `kMaxStepQueries` queries, or G above 16; `invalid_argument` never: wrong views are bugs.
+/// A task of more than `kMaxStepQueries` queries is split over the workers by rows instead, and its
+/// tiles are multiplied as small matrices; tiles that no query of a piece sees cost nothing. Its
+/// states are summed tile by tile in float32.
+///
+/// Returns `unsupported` for head or value dims that are not multiples of 8 or above 576, no query
+/// at all, or G above 16; `invalid_argument` never: wrong views are bugs.
 /// Allocates nothing after `workspace` has grown to the task sizes seen.
 Status partial_attention(const AttentionParams& params, std::span<const AttentionTask> tasks,
                          AttentionWorkspace& workspace, WorkerPool& pool);

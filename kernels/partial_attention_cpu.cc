@@ -4,6 +4,7 @@
 #include "memory/check.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <new>
 #include <vector>
@@ -38,6 +39,7 @@ constexpr std::size_t kChunksWorthFoldingInParallel = 64;
 struct AttentionWorkspace::State {
   std::vector<AttentionChunk> chunks;
   std::vector<FoldRange> folds;
+  std::vector<ManyRows> many;
   AlignedFloats floats;
   std::size_t float_capacity = 0;
 };
@@ -62,10 +64,7 @@ Status check_supported(const AttentionParams& params, std::span<const AttentionT
                                    params.queries_per_kv_head, kMaxGroupQueries));
   }
   for (const AttentionTask& task : tasks) {
-    if (task.query_count < 1 || task.query_count > kMaxStepQueries) {
-      return unsupported(fmt::format("attention with {} queries: expected 1 to {}",
-                                     task.query_count, kMaxStepQueries));
-    }
+    if (task.query_count < 1) return unsupported("attention without a query");
   }
   return {};
 }
@@ -85,6 +84,13 @@ void check_views(const AttentionParams& params, const AttentionTask& task) {
                "{} positions for {} queries", task.query_positions.size(), task.query_count);
 }
 
+void check_range(const BlockLayout& layout, const BlockRange& range) {
+  KVTIER_CHECK(range.block != nullptr && range.first_token <= layout.tokens_per_block() &&
+                   range.tokens <= layout.tokens_per_block() - range.first_token,
+               "tokens {} + {} of a block of {}", range.first_token, range.tokens,
+               layout.tokens_per_block());
+}
+
 /// Cuts one task's tokens into chunks, the same for each KV head.
 void cut_task(const AttentionParams& params, const AttentionTask& task,
               AttentionWorkspace::State& state) {
@@ -94,10 +100,7 @@ void cut_task(const AttentionParams& params, const AttentionTask& task,
   chunk.task = &task;
   chunk.rows = task.query_count * params.queries_per_kv_head;
   for (const BlockRange& range : task.blocks) {
-    KVTIER_CHECK(range.block != nullptr && range.first_token <= layout.tokens_per_block() &&
-                     range.tokens <= layout.tokens_per_block() - range.first_token,
-                 "tokens {} + {} of a block of {}", range.first_token, range.tokens,
-                 layout.tokens_per_block());
+    check_range(layout, range);
     for (std::uint32_t used = 0; used < range.tokens;) {
       if (chunk.tokens == 0) {
         chunk.first_range = &range;
@@ -123,6 +126,21 @@ void cut_task(const AttentionParams& params, const AttentionTask& task,
       AttentionChunk copy = state.chunks[first + i];
       copy.head = head;
       state.chunks.push_back(copy);
+    }
+  }
+}
+
+/// Cuts the rows of a task of many queries into pieces that are the same for any number of workers.
+void cut_rows(const AttentionParams& params, const AttentionTask& task,
+              AttentionWorkspace::State& state) {
+  for (const BlockRange& range : task.blocks) check_range(*params.layout, range);
+  const std::uint32_t rows = task.query_count * params.queries_per_kv_head;
+  for (std::uint32_t head = 0; head < params.layout->heads_per_block(); ++head) {
+    for (std::uint32_t first = 0; first < rows; first += kManyRows) {
+      state.many.push_back({.task = &task,
+                            .head = head,
+                            .first_row = first,
+                            .rows = std::min(kManyRows, rows - first)});
     }
   }
 }
@@ -175,25 +193,56 @@ void copy_queries(const AttentionParams& params, const AttentionChunk& chunk, fl
   }
 }
 
-void plan(const AttentionParams& params, std::span<const AttentionTask> tasks,
+void plan(const AttentionParams& params, std::span<const AttentionTask> tasks, unsigned threads,
           AttentionWorkspace::State& state) {
   state.chunks.clear();
   state.folds.clear();
+  state.many.clear();
   for (const AttentionTask& task : tasks) {
     check_views(params, task);
-    cut_task(params, task, state);
+    if (task.query_count > kMaxStepQueries) {
+      cut_rows(params, task, state);
+    } else {
+      cut_task(params, task, state);
+    }
   }
-  const std::size_t need = place_chunks(params, state, nullptr);
+  // Rows of many queries are attended before the chunks, in the same memory.
+  const std::size_t workers = std::min<std::size_t>(state.many.size(), threads);
+  const std::size_t need = std::max(place_chunks(params, state, nullptr),
+                                    workers * padded_dim(many_scratch_floats(*params.layout)));
   if (need > state.float_capacity) {
     state.floats = allocate_floats(need);
     state.float_capacity = need;
   }
+}
+
+void place_planned(const AttentionParams& params, AttentionWorkspace::State& state) {
   place_chunks(params, state, state.floats.get());
   for (const FoldRange& fold : state.folds) {
     const AttentionChunk& chunk = state.chunks[fold.first];
     copy_queries(params, chunk, const_cast<float*>(chunk.queries));
     if (chunk.tokens == 0) std::fill_n(chunk.max, chunk.rows, kEmptyLse);
   }
+}
+
+void attend_many_planned(const AttentionParams& params, const AttentionWorkspace::State& state,
+                         WorkerPool& pool) {
+  const std::size_t workers = std::min<std::size_t>(state.many.size(), pool.threads());
+  struct Context {
+    ManyRun run;
+    const AttentionWorkspace::State& state;
+    std::atomic<std::size_t> next;
+  } context{{params.layout, params.queries_per_kv_head, params.softmax}, state, 0};
+  pool.run(workers, [&context](std::size_t worker) {
+    float* scratch =
+        context.state.floats.get() + worker * padded_dim(many_scratch_floats(*context.run.layout));
+    for (;;) {
+      // Relaxed: only who takes which piece is decided here, and the pool's end orders the rest.
+      const std::size_t piece = context.next.fetch_add(1, std::memory_order_relaxed);
+      if (piece >= context.state.many.size()) return;
+      attend_many(context.run, context.state.many[piece], scratch);
+    }
+  });
 }
 
 void attend_planned(const AttentionParams& params, const AttentionWorkspace::State& state,
@@ -242,7 +291,10 @@ Status partial_attention(const AttentionParams& params, std::span<const Attentio
   KVTIER_RETURN_IF_ERROR(check_supported(params, tasks));
   if (tasks.empty()) return {};
   AttentionWorkspace::State& state = workspace.state();
-  plan(params, tasks, state);
+  plan(params, tasks, pool.threads(), state);
+  if (!state.many.empty()) attend_many_planned(params, state, pool);
+  if (state.chunks.empty()) return {};
+  place_planned(params, state);
   attend_planned(params, state, pool);
   fold_planned(params, state, pool);
   return {};

@@ -157,9 +157,18 @@ Result<Region> Region::allocate(const RegionOptions& options) {
   return region;
 }
 
+Region Region::adopt(std::span<std::byte> memory, std::function<void()> release) {
+  Region region;
+  region.data_ = memory.data();
+  region.release_ = std::move(release);
+  region.stats_.bytes = memory.size();
+  return region;
+}
+
 Region::Region(Region&& other) noexcept
     : data_(std::exchange(other.data_, nullptr)),
       mapped_bytes_(std::exchange(other.mapped_bytes_, 0)),
+      release_(std::exchange(other.release_, nullptr)),
       stats_(std::exchange(other.stats_, {})) {}
 
 Region& Region::operator=(Region&& other) noexcept {
@@ -167,6 +176,7 @@ Region& Region::operator=(Region&& other) noexcept {
     release();
     data_ = std::exchange(other.data_, nullptr);
     mapped_bytes_ = std::exchange(other.mapped_bytes_, 0);
+    release_ = std::exchange(other.release_, nullptr);
     stats_ = std::exchange(other.stats_, {});
   }
   return *this;
@@ -175,7 +185,12 @@ Region& Region::operator=(Region&& other) noexcept {
 Region::~Region() { release(); }
 
 void Region::release() noexcept {
-  if (data_ != nullptr) munmap(data_, mapped_bytes_);
+  if (data_ == nullptr) return;
+  if (release_) {
+    release_();
+  } else {
+    munmap(data_, mapped_bytes_);
+  }
   data_ = nullptr;
 }
 

@@ -3,6 +3,7 @@
 #include "memory/status.h"
 
 #include <cstddef>
+#include <functional>
 #include <optional>
 #include <span>
 #include <string>
@@ -39,6 +40,9 @@ class Region {
  public:
   /// `no_space` when the system has not that much memory.
   static Result<Region> allocate(const RegionOptions& options);
+  /// Memory of somebody else's, page-aligned, handed back through `release` in the end. Neither
+  /// zeroed nor bound.
+  static Region adopt(std::span<std::byte> memory, std::function<void()> release);
 
   Region(Region&& other) noexcept;
   Region& operator=(Region&& other) noexcept;
@@ -55,6 +59,7 @@ class Region {
 
   std::byte* data_ = nullptr;
   std::size_t mapped_bytes_ = 0;
+  std::function<void()> release_;  ///< Set for adopted memory.
   RegionStats stats_;
 };
 

@@ -9,9 +9,11 @@
  * There is no global state.
  *
  * Memory. Pointers handed in are read or written during the call only, unless said otherwise.
- * Options and results are structs that begin with their size: set it with the `_init` function, so
- * that a library of another version knows what the caller knows. A shorter struct means the
- * defaults of what is missing; a longer one is accepted while what is behind our end is zero.
+ * Options and results are structs that begin with their size, so that a library of another version
+ * knows what the caller knows. What goes in is prepared by its `_init` function; of what comes out,
+ * set `struct_size` yourself (`kvtier_stats stats = {sizeof stats};`). A shorter struct means the
+ * defaults of what is missing, or that much of the result; a longer one is accepted while what is
+ * behind our end is zero, and what is returned there is zero.
  *
  * All strings are UTF-8. All memory that is written is the caller's; strings that are returned live
  * until the next call on the same thread (`kvtier_last_error`), as long as the runtime, or for
@@ -46,12 +48,12 @@ KVTIER_API int kvtier_has_feature(const char* name);
 /** What a call came to; what to do next, not which function failed. */
 typedef enum kvtier_status {
   KVTIER_OK = 0,
-  KVTIER_NOT_FOUND = 1,        /**< Nothing by that name or id. */
-  KVTIER_NO_SPACE = 2,         /**< A bound is reached; the message has the figures. */
-  KVTIER_BUSY = 3,             /**< Another call is under way, or something is still open. */
+  KVTIER_NOT_FOUND = 1, /**< Nothing by that name or id. */
+  KVTIER_NO_SPACE = 2,  /**< A bound is reached; the message has the figures. */
+  KVTIER_BUSY = 3,      /**< Another call is under way, or something is still open. */
   KVTIER_CANCELLED = 4,
   KVTIER_IO_ERROR = 5,
-  KVTIER_CORRUPT = 6,          /**< Blocks that were wanted are damaged beyond repair. */
+  KVTIER_CORRUPT = 6, /**< Blocks that were wanted are damaged beyond repair. */
   KVTIER_UNSUPPORTED = 7,
   KVTIER_INVALID_ARGUMENT = 8, /**< The message names the argument and what would be accepted. */
   KVTIER_INTERNAL = 9          /**< No memory, or a defect of this library. */
@@ -69,11 +71,7 @@ KVTIER_API kvtier_status kvtier_list_selectors(char* text, size_t capacity, size
 
 /* ---- A runtime ------------------------------------------------------------------------------ */
 
-typedef enum kvtier_dtype {
-  KVTIER_F16 = 0,
-  KVTIER_BF16 = 1,
-  KVTIER_F32 = 2
-} kvtier_dtype;
+typedef enum kvtier_dtype { KVTIER_F16 = 0, KVTIER_BF16 = 1, KVTIER_F32 = 2 } kvtier_dtype;
 
 /** How logits of the query heads that share a KV head become one score. */
 typedef enum kvtier_reduction {
@@ -86,13 +84,19 @@ typedef enum kvtier_reduction {
 typedef enum kvtier_rest {
   KVTIER_REST_MEASURED = 0, /**< Estimated in the heads where samples show that it helps. */
   KVTIER_REST_ALWAYS = 1,
-  KVTIER_REST_NEVER = 2     /**< Left out: softmax over the attended tokens. */
+  KVTIER_REST_NEVER = 2 /**< Left out: softmax over the attended tokens. */
 } kvtier_rest;
 
 typedef enum kvtier_verify {
   KVTIER_VERIFY_ARRIVALS = 0, /**< Whenever bytes come from disk. */
   KVTIER_VERIFY_ALL = 1       /**< Also after each copy between host and device. */
 } kvtier_verify;
+
+/** Where pointers that are handed in point to. */
+typedef enum kvtier_memory {
+  KVTIER_MEMORY_HOST = 0,
+  KVTIER_MEMORY_DEVICE = 1 /**< KVTIER_UNSUPPORTED until the library has the feature "cuda". */
+} kvtier_memory;
 
 /** Takes and returns memory for a tier: of `bytes`, aligned to 4096, or NULL. Called from
  *  `kvtier_runtime_open` and `kvtier_runtime_close` only. */
@@ -111,17 +115,17 @@ typedef struct kvtier_options {
   size_t struct_size;
 
   /* The model. */
-  kvtier_dtype dtype;          /**< Of keys and values, default f16. */
-  uint32_t layers;             /**< Default 1. */
-  uint32_t query_heads;        /**< A multiple of kv_heads. */
+  kvtier_dtype dtype;   /**< Of keys and values, default f16. */
+  uint32_t layers;      /**< Default 1. */
+  uint32_t query_heads; /**< A multiple of kv_heads. */
   uint32_t kv_heads;
-  uint32_t head_dim;           /**< Of keys and queries. */
-  uint32_t value_dim;          /**< 0: as head_dim. */
-  float softmax_scale;         /**< 0: 1 / sqrt(head_dim). */
-  float logit_cap;             /**< Soft-capping, cap * tanh(logit / cap); 0: off. */
-  const float* sink_logits;    /**< [layers, query_heads], or NULL; copied. */
-  double rope_theta;           /**< For selectors that un-rotate keys; 0: unknown. */
-  uint32_t rope_dims;          /**< 0: the whole head. */
+  uint32_t head_dim;        /**< Of keys and queries. */
+  uint32_t value_dim;       /**< 0: as head_dim. */
+  float softmax_scale;      /**< 0: 1 / sqrt(head_dim). */
+  float logit_cap;          /**< Soft-capping, cap * tanh(logit / cap); 0: off. */
+  const float* sink_logits; /**< [layers, query_heads], or NULL; copied. */
+  double rope_theta;        /**< For selectors that un-rotate keys; 0: unknown. */
+  uint32_t rope_dims;       /**< 0: the whole head. */
 
   /* Blocks: what is selected, moved and verified. */
   uint32_t tokens_per_block;   /**< 1 to 64, default 8. */
@@ -129,23 +133,23 @@ typedef struct kvtier_options {
   size_t extent_bytes;         /**< Of one disk read or write; default 128 KiB. */
 
   /* What is attended. */
-  const char* selector;        /**< "scan", "refresh(interval=4)/mean", ...; NULL: the default. */
-  kvtier_reduction reduction;  /**< Default sum. */
-  uint32_t sinks;              /**< First tokens, always attended; default 4. */
-  uint32_t window;             /**< Last tokens, always attended; default 64. */
-  kvtier_rest rest;            /**< Default measured. */
+  const char* selector;       /**< "scan", "refresh(interval=4)/mean", ...; NULL: the default. */
+  kvtier_reduction reduction; /**< Default sum. */
+  uint32_t sinks;             /**< First tokens, always attended; default 4. */
+  uint32_t window;            /**< Last tokens, always attended; default 64. */
+  kvtier_rest rest;           /**< Default measured. */
 
   /* How it moves. */
-  const char* eviction;        /**< "lrfu" (NULL) or "lru". */
-  uint64_t look_ahead_bytes;   /**< Promoted from disk to host per step; 0 (default): none. */
-  kvtier_verify verify;        /**< Default arrivals. */
-  int deterministic;           /**< Bit-identical results whatever is resident; default 0. */
+  const char* eviction;      /**< "lrfu" (NULL) or "lru". */
+  uint64_t look_ahead_bytes; /**< Promoted from disk to host per step; 0 (default): none. */
+  kvtier_verify verify;      /**< Default arrivals. */
+  int deterministic;         /**< Bit-identical results whatever is resident; default 0. */
   uint64_t seed;
-  uint32_t threads;            /**< For attention and selection; 0: all the process may use. */
+  uint32_t threads; /**< For attention and selection; 0: all the process may use. */
 
   /* How much. */
-  uint32_t tokens_max;         /**< Longest sequence. */
-  uint32_t sequences_max;      /**< Open at a time, default 1. */
+  uint32_t tokens_max;    /**< Longest sequence. */
+  uint32_t sequences_max; /**< Open at a time, default 1. */
   uint64_t device_capacity_bytes;
   uint64_t host_capacity_bytes;
   uint64_t disk_capacity_bytes; /**< 0: no disk tier. */
@@ -156,7 +160,8 @@ typedef struct kvtier_options {
   const kvtier_allocator* host_allocator;   /**< For the frames of the host tier. */
   kvtier_logger logger;
   void* logger_context;
-  uint32_t timeline_events;     /**< Events kept for `kvtier_write_timeline`; 0: none. */
+  uint32_t timeline_events;  /**< Events kept for `kvtier_write_timeline`; 0: none. */
+  uint32_t measure_interval; /**< Most steps of a layer between measurements of `rest`; 0: 256. */
 } kvtier_options;
 
 /** Defaults, and the size of the struct as this header has it. */
@@ -166,8 +171,8 @@ KVTIER_API kvtier_status kvtier_options_init(kvtier_options* options, size_t str
 /** The least that a runtime with given options needs; see `kvtier_runtime_needs`. */
 typedef struct kvtier_needs {
   size_t struct_size;
-  uint64_t device_bytes;       /**< For one step. */
-  uint64_t host_bytes;         /**< For one step. */
+  uint64_t device_bytes; /**< For one step. */
+  uint64_t host_bytes;   /**< For one step. */
   /** With a disk tier, host and disk together must exceed extent_bytes_total by this. */
   uint64_t host_reserve_bytes;
   uint64_t extent_bytes_total; /**< All sequences at full length. */
@@ -177,6 +182,8 @@ typedef struct kvtier_needs {
 /** What `kvtier_runtime_open` would insist on; the capacities in `options` are ignored. */
 KVTIER_API kvtier_status kvtier_runtime_needs(const kvtier_options* options, kvtier_needs* needs);
 
+/** Owned by whoever opened it. A pointer that was closed must not be used again: unlike a freed
+ *  sequence, that cannot be noticed. */
 typedef struct kvtier_runtime kvtier_runtime;
 
 /** Takes all memory and disk space at once. KVTIER_INVALID_ARGUMENT names the option, and the least
@@ -211,15 +218,17 @@ KVTIER_API kvtier_status kvtier_sequence_tokens(kvtier_runtime* runtime, kvtier_
 /** Keys and values of new tokens, in the runtime's dtype. Strides are in bytes. */
 typedef struct kvtier_rows {
   size_t struct_size;
-  const void* keys;            /**< Token t, KV head h: keys + t * key_token_stride + ... */
+  const void* keys; /**< Token t, KV head h: keys + t * key_token_stride + ... */
   const void* values;
   size_t key_token_stride;
   size_t key_head_stride;
   size_t value_token_stride;
   size_t value_head_stride;
   uint32_t tokens;
-  const uint8_t* marks;        /**< [tokens] bits of `kvtier_mark`, or NULL. */
-  void* stream;                /**< For device memory, once there is a CUDA runtime; now NULL. */
+  const uint8_t* marks; /**< [tokens] bits of `kvtier_mark`, or NULL. */
+  kvtier_memory memory; /**< Of keys and values; default host. */
+  uint32_t reserved;    /**< 0. */
+  void* stream;         /**< With device memory: the CUDA stream; else NULL. */
 } kvtier_rows;
 /** What is known of a token besides; the same in every layer. */
 typedef enum kvtier_mark { KVTIER_ENDS_SENTENCE = 1, KVTIER_IS_LANDMARK = 2 } kvtier_mark;
@@ -247,20 +256,21 @@ KVTIER_API kvtier_status kvtier_observe_prompt(kvtier_runtime* runtime, kvtier_s
 typedef struct kvtier_query {
   size_t struct_size;
   uint32_t layer;
-  uint32_t query_count;        /**< Default 1. */
-  const void* queries;         /**< [query_count, query_heads, head_dim], contiguous. */
-  void* out;                   /**< [query_count, query_heads, value_dim]; NaN after a failure. */
-  float* lse;                  /**< [query_count, query_heads], natural log, or NULL. */
-  kvtier_dtype dtype;          /**< Of queries and out; default f32. */
+  uint32_t query_count; /**< Default 1. */
+  const void* queries;  /**< [query_count, query_heads, head_dim], contiguous, after RoPE. */
+  void* out;            /**< [query_count, query_heads, value_dim]; NaN after a failure. */
+  float* lse;           /**< [query_count, query_heads], natural log, or NULL. */
+  kvtier_dtype dtype;   /**< Of queries and out; default f32. */
 
   /* For steps, not for `kvtier_attend_exact`. */
-  uint32_t budget_tokens;      /**< Attended per KV head group, sinks and window included. */
-  int own_selection;           /**< Each query selects for itself; default 0: one for all. */
+  uint32_t budget_tokens; /**< Attended per KV head group, sinks and window included. */
+  int own_selection;      /**< Each query selects for itself; default 0: one for all. */
   /** [head groups or 1, external_tokens] scores by somebody else (an indexer), for `external`. */
   const float* external_scores;
-  size_t external_stride;      /**< Elements from group to group; 0: one row for all. */
+  size_t external_stride; /**< Elements from group to group; 0: one row for all. */
   uint32_t external_tokens;
-  void* stream;                /**< As in `kvtier_rows`. */
+  kvtier_memory memory; /**< Of queries, out and lse; default host. */
+  void* stream;         /**< As in `kvtier_rows`. */
 } kvtier_query;
 #define KVTIER_QUERY_INIT(query) kvtier_query_init((query), sizeof(kvtier_query))
 KVTIER_API kvtier_status kvtier_query_init(kvtier_query* query, size_t struct_size);
@@ -273,7 +283,7 @@ typedef struct kvtier_report {
   uint32_t attended_tokens_max;   /**< Of the head group with most. */
   uint64_t attended_tokens_total; /**< Over the head groups. */
   uint64_t metadata_bytes;        /**< Of this layer's selector. */
-  uint32_t rows_estimated;        /**< Of query_count * query_heads: with an estimate of the rest. */
+  uint32_t rows_estimated;        /**< Rows of out with an estimate of the rest. */
   uint32_t failures;              /**< Blocks that could not be had; see `kvtier_failure_text`. */
   uint32_t waits;                 /**< Transfers that were not in when they were needed. */
   double select_s, resolve_s, fetch_s, attend_s, merge_s, rest_s, look_ahead_s, total_s;
@@ -297,22 +307,22 @@ KVTIER_API kvtier_status kvtier_hint(kvtier_runtime* runtime, kvtier_sequence se
 /** Tokens of one block. */
 typedef struct kvtier_range {
   uint32_t head_group;
-  uint32_t block;        /**< Of the sequence. */
-  uint32_t first_token;  /**< Within the block. */
+  uint32_t block;       /**< Of the sequence. */
+  uint32_t first_token; /**< Within the block. */
   uint32_t tokens;
-  uint32_t slot;         /**< Its block begins at slab + slot * slot_stride; resolve only. */
-  uint32_t query;        /**< Which query attended it; UINT32_MAX: every one. */
+  uint32_t slot;  /**< Its block begins at slab + slot * slot_stride; resolve only. */
+  uint32_t query; /**< Which query attended it; UINT32_MAX: every one. */
 } kvtier_range;
 
 /** Where a step's blocks are; see `kvtier_resolve`. */
 typedef struct kvtier_slots {
   size_t struct_size;
-  const void* slab;          /**< Blocks of `[K: heads, tokens, head_dim][V: ..., value_dim]`. */
-  size_t slot_stride;        /**< Bytes. */
-  size_t values_offset;      /**< Of V within a block, bytes. */
+  const void* slab;           /**< Blocks of `[K: heads, tokens, head_dim][V: ..., value_dim]`. */
+  size_t slot_stride;         /**< Bytes. */
+  size_t values_offset;       /**< Of V within a block, bytes. */
   const kvtier_range* ranges; /**< By head group, then position. */
   uint32_t range_count;
-  uint32_t tokens_max;       /**< Of the head group with most. */
+  uint32_t tokens_max; /**< Of the head group with most. */
 } kvtier_slots;
 
 /** Selects and fetches like a step, and leaves attending to an engine with a paged attention of its
@@ -321,20 +331,22 @@ typedef struct kvtier_slots {
 KVTIER_API kvtier_status kvtier_resolve(kvtier_runtime* runtime, kvtier_sequence sequence,
                                         const kvtier_query* query, kvtier_slots* slots);
 
-/** What the last step of this runtime attended, at most `capacity` ranges, and how many there are.
- *  For recall statistics and tests. */
+/** What the last call on this runtime attended, if it was a `kvtier_step`: at most `capacity`
+ *  ranges, and how many there are. For recall statistics and tests. Statistics and failures may be
+ *  asked for in between. */
 KVTIER_API kvtier_status kvtier_attended(kvtier_runtime* runtime, kvtier_range* ranges,
                                          uint32_t capacity, uint32_t* count);
 /** One line on a block that the last call of this runtime could not have: tier, identity, expected,
- *  found. NULL when there is no failure of that number. Lives until the next call. */
+ *  found. NULL when there is no failure of that number. Lives until the next call; what was said of
+ *  `kvtier_attended` holds here. */
 KVTIER_API const char* kvtier_failure_text(kvtier_runtime* runtime, uint32_t number);
 
 /* ---- Statistics ----------------------------------------------------------------------------- */
 
 typedef struct kvtier_tier_stats {
   uint64_t capacity_bytes, used_bytes, peak_bytes;
-  uint64_t hits;       /**< Attended blocks found here. */
-  uint64_t held_hits;  /**< Sinks and window. */
+  uint64_t hits;      /**< Attended blocks found here. */
+  uint64_t held_hits; /**< Sinks and window. */
   uint64_t evictions;
 } kvtier_tier_stats;
 

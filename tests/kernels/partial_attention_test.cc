@@ -42,6 +42,23 @@ std::vector<AttentionShape> shape_table() {
   shapes.push_back({.blocks = kAttentionChunkTokens / 8});
   shapes.push_back({.blocks = kAttentionChunkTokens / 8 + 1});
   shapes.push_back({.tokens_per_block = 7, .group = 2, .blocks = 400, .ragged = true});
+  // Many queries: just more than a step's, one piece of rows and one row more, ragged and causal.
+  shapes.push_back({.group = 1, .queries = 9, .blocks = 20, .causal = true});
+  shapes.push_back({.group = 1, .queries = 256, .blocks = 40, .causal = true});
+  shapes.push_back({.group = 3, .queries = 86, .blocks = 33, .ragged = true, .causal = true});
+  shapes.push_back(
+      {.tokens_per_block = 5, .group = 7, .queries = 70, .blocks = 14, .causal = true});
+  shapes.push_back({.heads = 2, .group = 2, .queries = 30, .blocks = 21, .ragged = true});
+  shapes.push_back({.head_dim = 8, .value_dim = 24, .group = 2, .queries = 40, .causal = true});
+  shapes.push_back({.head_dim = 72, .value_dim = 40, .group = 5, .queries = 13, .causal = true});
+  shapes.push_back({.head_dim = 128,
+                    .value_dim = 128,
+                    .group = 4,
+                    .queries = 65,
+                    .blocks = 30,
+                    .causal = true,
+                    .logit_cap = 1.5f});
+  shapes.push_back({.head_dim = 576, .value_dim = 512, .group = 16, .queries = 9, .blocks = 9});
   return shapes;
 }
 
@@ -144,6 +161,54 @@ TEST(PartialAttention, BitsDoNotDependOnTheNumberOfWorkers) {
   }
 }
 
+TEST(PartialAttention, BitsOfManyQueriesDependOnNeitherWorkersNorCompany) {
+  WorkerPool one(1);
+  const AttentionCase c({.group = 7, .queries = 130, .blocks = 60, .ragged = true, .causal = true},
+                        DType::kBF16, 14);
+  const AttentionCase few({.group = 7, .queries = 2, .blocks = 90}, DType::kBF16, 15);
+  const AttentionResult expected = c.attend(one);
+  const AttentionResult expected_few = few.attend(one);
+  for (const unsigned threads : {1u, 2u, 3u, 8u}) {
+    WorkerPool pool(threads);
+    AttentionWorkspace workspace;
+    for (int round = 0; round < 3; ++round) {
+      AttentionResult results[3];
+      const AttentionTask tasks[] = {few.task(results[0]), c.task(results[1]),
+                                     few.task(results[2])};
+      ASSERT_TRUE(partial_attention(c.params(), tasks, workspace, pool).ok());
+      EXPECT_EQ(results[1].out, expected.out) << threads;
+      EXPECT_EQ(results[1].lse, expected.lse) << threads;
+      EXPECT_EQ(results[0].out, expected_few.out) << threads;
+      EXPECT_EQ(results[2].lse, expected_few.lse) << threads;
+    }
+  }
+}
+
+TEST(PartialAttention, ManyQueriesBeforeEveryTokenAttendNothing) {
+  AttentionCase c({.group = 2, .queries = 40, .blocks = 12}, DType::kF32, 16);
+  for (BlockRange& range : c.ranges()) range.position += 100;
+  std::vector<std::uint32_t> positions(40);
+  for (std::uint32_t q = 0; q < 40; ++q) positions[q] = 80 + q;
+  WorkerPool pool(2);
+  AttentionWorkspace workspace;
+  AttentionResult result;
+  AttentionTask task = c.task(result);
+  task.query_positions = positions;
+  ASSERT_TRUE(partial_attention(c.params(), std::span(&task, 1), workspace, pool).ok());
+  AttentionResult expected;
+  AttentionTask expected_task = c.task(expected);
+  expected_task.query_positions = positions;
+  partial_attention_reference(c.params(), expected_task);
+  EXPECT_EQ(result.lse[2 * 19 + 1], kEmptyLse);
+  EXPECT_EQ(result.out[0], 0.0f);
+  EXPECT_NE(result.lse[2 * 20], kEmptyLse);
+  EXPECT_LE(largest_difference(result, expected), c.tolerance());
+  task.blocks = {};
+  ASSERT_TRUE(partial_attention(c.params(), std::span(&task, 1), workspace, pool).ok());
+  EXPECT_EQ(result.out, std::vector<float>(result.out.size(), 0.0f));
+  EXPECT_EQ(result.lse, std::vector<float>(result.lse.size(), kEmptyLse));
+}
+
 TEST(PartialAttention, PartsMergeToTheWhole) {
   WorkerPool pool(2);
   const AttentionCase c({.group = 4, .queries = 2, .blocks = 200, .ragged = true, .causal = true},
@@ -172,7 +237,7 @@ TEST(PartialAttention, RefusesShapesItHasNoLoopsFor) {
   EXPECT_EQ(attend({.value_dim = 12}), StatusCode::kUnsupported);
   EXPECT_EQ(attend({.head_dim = 584}), StatusCode::kUnsupported);
   EXPECT_EQ(attend({.group = 17}), StatusCode::kUnsupported);
-  EXPECT_EQ(attend({.queries = 9}), StatusCode::kUnsupported);
+  EXPECT_EQ(attend({.head_dim = 68, .queries = 9}), StatusCode::kUnsupported);
   EXPECT_EQ(attend({}), StatusCode::kOk);
 }
 

@@ -17,7 +17,12 @@ const T& pick(const T (&choices)[N], std::mt19937& random) {
   return choices[random() % N];
 }
 
-HarnessOptions random_options(std::uint32_t seed, std::mt19937& random, const char* faults) {
+struct Setting {
+  const char* faults = nullptr;
+  std::uint32_t sequences_max = 1;
+};
+
+HarnessOptions random_options(std::uint32_t seed, std::mt19937& random, const Setting& setting) {
   HarnessOptions options;
   options.seed = seed;
   options.block.tokens_per_block = pick({1u, 2u, 3u, 4u, 5u, 8u, 16u}, random);
@@ -40,8 +45,9 @@ HarnessOptions random_options(std::uint32_t seed, std::mt19937& random, const ch
   options.deterministic = random() % 2 == 0;
   options.transfer_threads = random() % 2 == 0;
   options.verify = pick({VerifyMode::kAll, VerifyMode::kArrivals}, random);
-  if (faults != nullptr) {
-    options.faults = FaultPlan::parse(faults + (",seed=" + std::to_string(seed))).value();
+  options.sequences_max = setting.sequences_max;
+  if (setting.faults != nullptr) {
+    options.faults = FaultPlan::parse(setting.faults + (",seed=" + std::to_string(seed))).value();
     // Only every hop's verification notices what the link does.
     if (options.verify != VerifyMode::kAll) options.faults.link_bitflip_rate = 0;
   }
@@ -50,16 +56,17 @@ HarnessOptions random_options(std::uint32_t seed, std::mt19937& random, const ch
 
 class Walk {
  public:
-  Walk(std::uint32_t seed, const char* faults)
+  Walk(std::uint32_t seed, const Setting& setting)
       : random_(seed),
-        may_fail_(faults != nullptr),
-        harness_(random_options(seed, random_, faults)) {}
+        may_fail_(setting.faults != nullptr),
+        harness_(random_options(seed, random_, setting)) {}
 
   void run(int calls) {
     while (calls-- > 0 && !stopped_) {
+      if (forks()) part_ways();
       const std::uint32_t kind = harness_.tokens() == 0 ? 0 : random_() % 8;
-      if (kind <= 1) append(kind == 0 ? 200 : 4);
-      if (kind == 2) truncate(random_() % (harness_.tokens() + 1));
+      if (kind <= 1) append(kind == 0 ? (forks() ? 500 : 200) : 4);
+      if (kind == 2) truncate(cut());
       if (kind > 2) step();
       for (const TierStats& tier : harness_.runtime().stats().tiers) {
         EXPECT_LE(tier.peak_bytes, tier.capacity_bytes);
@@ -72,6 +79,29 @@ class Walk {
   std::uint64_t steps_failed() const { return steps_failed_; }
 
  private:
+  bool forks() const { return harness_.options().sequences_max > 1; }
+
+  /// Forks keep most of what they have, so that there is something to share.
+  std::uint32_t cut() {
+    const std::uint32_t tokens = harness_.tokens();
+    if (forks() && random_() % 4 > 0) return tokens - random_() % std::min(tokens + 1, 30u);
+    return random_() % (tokens + 1);
+  }
+
+  /// Forks, ends, or goes on with any sequence.
+  void part_ways() {
+    const std::uint32_t kind = random_() % 8;
+    if (kind == 0 && harness_.sequences() < harness_.options().sequences_max) {
+      const Status status = harness_.fork(cut());
+      EXPECT_TRUE(status.ok() || may_fail_) << status.to_string();
+    }
+    if (kind == 1 && harness_.sequences() > 1) {
+      const Status status = harness_.end();
+      EXPECT_TRUE(status.ok() || may_fail_) << status.to_string();
+    }
+    if (kind > 2) harness_.use(random_() % harness_.sequences());
+  }
+
   void append(std::uint32_t most) {
     const std::uint32_t room = harness_.options().tokens_max - harness_.tokens();
     if (room == 0) return;
@@ -122,7 +152,7 @@ class Walk {
 TEST(RandomWalk, TheStatedNeedsAreEnoughForAnyOrderOfCalls) {
   for (std::uint32_t seed = 0; seed < 100; ++seed) {
     SCOPED_TRACE(::testing::Message() << "seed " << seed);
-    Walk(seed, nullptr).run(60);
+    Walk(seed, {}).run(60);
     if (HasFatalFailure() || HasNonfatalFailure()) return;
   }
 }
@@ -134,13 +164,37 @@ TEST(RandomWalk, UnderFaultsNoBlockIsWrongAndEveryFailureIsNamed) {
                              "lostwrite:0.02,delay:0.1,bitflip:link:0.02"}) {
     for (std::uint32_t seed = 1000; seed < 1012; ++seed) {
       SCOPED_TRACE(::testing::Message() << faults << ", seed " << seed);
-      Walk walk(seed, faults);
+      Walk walk(seed, {.faults = faults});
       walk.run(60);
       failed += walk.steps_failed();
       if (HasFatalFailure() || HasNonfatalFailure()) return;
     }
   }
   EXPECT_GT(failed, 0u) << "faults that cannot be recovered from were to be among them";
+}
+
+TEST(RandomWalk, ForksAnswerForThemselves) {
+  for (std::uint32_t seed = 2000; seed < 2080; ++seed) {
+    SCOPED_TRACE(::testing::Message() << "seed " << seed);
+    Walk(seed, {.sequences_max = 2 + seed % 3}).run(90);
+    if (HasFatalFailure() || HasNonfatalFailure()) return;
+  }
+}
+
+TEST(RandomWalk, ForksUnderFaults) {
+  std::uint64_t failed = 0;
+  for (const char* faults : {"misplaced:0.5", "lostwrite:0.1", "writeeio:0.05",
+                             "bitflip:disk:0.05,shortread:0.05,eio:0.05,misplaced:0.05,rot:0.02,"
+                             "lostwrite:0.02,delay:0.1,bitflip:link:0.02"}) {
+    for (std::uint32_t seed = 3000; seed < 3016; ++seed) {
+      SCOPED_TRACE(::testing::Message() << faults << ", seed " << seed);
+      Walk walk(seed, {.faults = faults, .sequences_max = 2});
+      walk.run(150);
+      failed += walk.steps_failed();
+      if (HasFatalFailure() || HasNonfatalFailure()) return;
+    }
+  }
+  EXPECT_GT(failed, 0u);
 }
 
 // An intact header of another extent must not be taken for an extent's own: what is sealed into it

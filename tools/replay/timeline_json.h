@@ -7,8 +7,7 @@
 
 namespace kvtier {
 
-/// Chrome trace events of several runs: one process per run, in it one track per link and stage;
-/// times in microseconds from each run's first event. Opens in Perfetto (ui.perfetto.dev).
+/// The timeline of several replays, one process each; see `runtime/timeline_json.h`.
 std::string timeline_json(std::span<const RunRecord> runs);
 
 }  // namespace kvtier
