@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from . import _abi, _arrays
-from .errors import InvalidArgument
+from .errors import Busy, Error, InvalidArgument
 from .options import Options, to_struct
 
 
@@ -89,9 +89,19 @@ class Runtime:
         self._library.write_timeline(self.handle, str(path).encode())
 
     def close(self) -> None:
-        """Frees all sequences and everything else. A second call does nothing."""
-        if self._finalizer.detach() is not None:
+        """Frees all sequences and everything else, even where it raises: a disk write that failed
+        for good. :class:`Busy`, and nothing is freed, during another call. A second call does
+        nothing."""
+        if not self._finalizer.alive:
+            return
+        try:
             self._library.runtime_close(self._handle)
+        except Busy:
+            raise
+        except Error:
+            self._finalizer.detach()
+            raise
+        self._finalizer.detach()
 
     @property
     def closed(self) -> bool:
