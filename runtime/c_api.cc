@@ -212,6 +212,28 @@ int kvtier_has_feature(const char* name) {
   return 0;
 }
 
+size_t kvtier_struct_size(const char* name) {
+  struct Known {
+    std::string_view name;
+    std::size_t size;
+  };
+  constexpr Known kKnown[] = {{"kvtier_allocator", sizeof(kvtier_allocator)},
+                              {"kvtier_options", sizeof(kvtier_options)},
+                              {"kvtier_needs", sizeof(kvtier_needs)},
+                              {"kvtier_rows", sizeof(kvtier_rows)},
+                              {"kvtier_query", sizeof(kvtier_query)},
+                              {"kvtier_report", sizeof(kvtier_report)},
+                              {"kvtier_range", sizeof(kvtier_range)},
+                              {"kvtier_slots", sizeof(kvtier_slots)},
+                              {"kvtier_tier_stats", sizeof(kvtier_tier_stats)},
+                              {"kvtier_stats", sizeof(kvtier_stats)},
+                              {"kvtier_sequence_stats", sizeof(kvtier_sequence_stats)}};
+  for (const Known& known : kKnown) {
+    if (name != nullptr && known.name == name) return known.size;
+  }
+  return 0;
+}
+
 const char* kvtier_status_name(kvtier_status status) {
   constexpr const char* kNames[] = {
       "ok",      "not_found",   "no_space",         "busy",    "cancelled", "io_error",

@@ -45,6 +45,10 @@ KVTIER_API const char* kvtier_version_string(void);
  *  Unknown names are features that it has not. Whether the machine has it shows at open. */
 KVTIER_API int kvtier_has_feature(const char* name);
 
+/** Size of a struct of this header as the library that is loaded knows it ("kvtier_options", ...), for
+ *  bindings of other languages to compare their own layout with; 0: unknown. */
+KVTIER_API size_t kvtier_struct_size(const char* name);
+
 /** What a call came to; what to do next, not which function failed. */
 typedef enum kvtier_status {
   KVTIER_OK = 0,

@@ -161,6 +161,8 @@ TEST(CApi, LibrarySaysWhatItIs) {
   EXPECT_EQ(kvtier_version(), static_cast<uint32_t>(10000 * major + 100 * minor + patch));
   EXPECT_EQ(kvtier_has_feature("fork"), 1);
   EXPECT_EQ(kvtier_has_feature("time-travel"), 0);
+  EXPECT_EQ(kvtier_struct_size("kvtier_options"), sizeof(kvtier_options));
+  EXPECT_EQ(kvtier_struct_size("kvtier_nothing"), 0u);
   EXPECT_STREQ(kvtier_status_name(KVTIER_CORRUPT), "corrupt");
   EXPECT_STREQ(kvtier_status_name(static_cast<kvtier_status>(99)), "unknown");
 }
