@@ -88,6 +88,7 @@ class Options(Struct):
         ("logger", Logger),
         ("logger_context", c_void_p),
         ("timeline_events", c_uint32),
+        ("measure_interval", c_uint32),
     ]
 
 
@@ -113,6 +114,8 @@ class Rows(Struct):
         ("value_head_stride", c_size_t),
         ("tokens", c_uint32),
         ("marks", c_void_p),
+        ("memory", c_int),
+        ("reserved", c_uint32),
         ("stream", c_void_p),
     ]
 
@@ -131,6 +134,7 @@ class Query(Struct):
         ("external_scores", c_void_p),
         ("external_stride", c_size_t),
         ("external_tokens", c_uint32),
+        ("memory", c_int),
         ("stream", c_void_p),
     ]
 
@@ -232,6 +236,7 @@ _RUNTIME, _SEQUENCE = c_void_p, c_uint64
 _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "kvtier_version": (c_uint32, []),
     "kvtier_version_string": (c_char_p, []),
+    "kvtier_struct_size": (c_size_t, [c_char_p]),
     "kvtier_has_feature": (c_int, [c_char_p]),
     "kvtier_last_error": (c_char_p, []),
     "kvtier_failure_text": (c_char_p, [_RUNTIME, c_uint32]),

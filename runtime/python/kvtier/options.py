@@ -77,6 +77,8 @@ class Options:
     logger: Callable[[str], None] | None = field(default=None, compare=False)
     """Hears of what is no failure but worth knowing: pages that could not be locked, say."""
     timeline_events: int = 0
+    measure_interval: int = 0
+    """Most steps of a layer from one measurement of ``rest`` to the next. 0: the default."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ _PLAIN = (
     "layers query_heads kv_heads head_dim value_dim softmax_scale logit_cap rope_theta rope_dims "
     "tokens_per_block kv_heads_per_block extent_bytes sinks window look_ahead_bytes seed threads "
     "tokens_max sequences_max device_capacity_bytes host_capacity_bytes disk_capacity_bytes "
-    "timeline_events"
+    "timeline_events measure_interval"
 ).split()
 
 
