@@ -13,6 +13,7 @@ namespace kvtier {
 
 Result<std::unique_ptr<Sequence>> Sequence::fork(std::uint32_t tokens, Origin origin) const {
   const State& parent = *state_;
+  parent.runtime.begin_call();
   if (parent.closed) {
     return invalid_argument(fmt::format("sequence {} is closed", parent.id.value));
   }

@@ -236,7 +236,7 @@ Status HostTier::submit_read(ExtentId id, Priority priority) {
   return {};
 }
 
-Status HostTier::start_read(ExtentId id, Priority priority) {
+Status HostTier::start_read(ExtentId id, Priority priority, Admission why) {
   Extent& extent = table_.row(id);
   if (extent.state == HomeState::kBoth) {
     // Damaged in its frame: read over it.
@@ -245,8 +245,7 @@ Status HostTier::start_read(ExtentId id, Priority priority) {
     KVTIER_RETURN_IF_ERROR(make_room());
     const std::optional<FrameId> frame = table_.take_free_frame();
     KVTIER_CHECK(frame.has_value(), "room was made and none is there");
-    table_.admit(id, *frame,
-                 priority == Priority::kPrefetch ? Admission::kPredicted : Admission::kUsed);
+    table_.admit(id, *frame, why);
   }
   table_.advance(id, HomeEvent::kStartRead);
   const Status submitted = submit_read(id, priority);

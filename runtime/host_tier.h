@@ -84,8 +84,9 @@ class HostTier {
 
   // --- Reading.
 
-  /// Starts reading an extent from disk into a frame. May wait for another to leave.
-  Status start_read(ExtentId id, Priority priority);
+  /// Starts reading an extent from disk into a frame; `why` is what eviction is told of it. May
+  /// wait for another to leave.
+  Status start_read(ExtentId id, Priority priority, Admission why = Admission::kUsed);
   /// Waits until the extent is in its frame and every block of it is verified. Reads again while a
   /// block of `wanted` (all of this extent) is damaged, then adds what cannot be had to `failures`.
   void finish_read(ExtentId id, std::span<const BlockId> wanted,

@@ -55,7 +55,7 @@ bool LookAhead::promote(ExtentId id) {
     extent.predicted_step = step_;
     return true;
   }
-  if (!host_.start_read(id, Priority::kPrefetch).ok()) return false;
+  if (!host_.start_read(id, Priority::kPrefetch, Admission::kPredicted).ok()) return false;
   extent.prefetched = true;
   extent.predicted_step = 0;
   counters_.prefetch.issued_bytes += layout_.extent_bytes();

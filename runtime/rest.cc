@@ -105,11 +105,11 @@ void Sequence::State::measure_rest(const StepRequest& request) {
   StepRequest others = request;
   others.out = exact_out.data();
   others.lse = exact_lse.data();
-  measuring = true;
+  purpose = Purpose::kMeasure;
   StepTiming timing;
   const std::uint64_t failed = runtime.counters.verification.failed;
   const Status status = run_waves(others, timing);
-  measuring = false;
+  purpose = Purpose::kStep;
   if (!status.ok()) {
     // Nobody was refused a block that was wanted: it is found, and named, by the step that wants
     // it.

@@ -217,6 +217,7 @@ SequenceId Runtime::State::add_sequence() {
 
 Result<std::unique_ptr<Sequence>> Runtime::create_sequence(Origin origin) {
   State& s = *state_;
+  s.begin_call();
   KVTIER_RETURN_IF_ERROR(s.check_room());
   KVTIER_ASSIGN_OR_RETURN(auto state,
                           Sequence::State::make(s, SequenceId{s.sequences_made}, origin));
@@ -256,6 +257,7 @@ RuntimeStats Runtime::stats() const {
   stats.steps = s.steps;
   stats.waves = s.wave_count;
   stats.steps_measured = s.steps_measured;
+  stats.attends = s.attends;
   stats.disk_reads_repeated = s.counters.disk_reads_repeated;
   stats.disk_writes_failed = s.counters.disk_writes_failed;
   stats.slab = s.slab.stats();
@@ -265,6 +267,7 @@ RuntimeStats Runtime::stats() const {
 
 Status Runtime::close() {
   State& s = *state_;
+  s.begin_call();
   if (s.closed) return invalid_argument("the runtime is closed already");
   if (s.sequences_open > 0) {
     return busy(fmt::format("{} sequences are still open", s.sequences_open));

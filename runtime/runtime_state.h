@@ -43,13 +43,21 @@ struct Runtime::State {
   std::uint64_t steps = 0;
   std::uint64_t wave_count = 0;
   std::uint64_t steps_measured = 0;
+  std::uint64_t attends = 0;
   /// Slots held for outliers, and how many may be.
   std::uint32_t outliers_held = 0;
   std::uint32_t outliers_held_max = 0;
   std::uint32_t sequences_open = 0;
   std::uint32_t sequences_made = 0;
   bool closed = false;
+  /// Held for whoever resolved them, until the next call.
+  std::vector<SlotId> resolved_slots{};
 
+  /// Every public call that changes anything begins with this.
+  void begin_call() {
+    for (SlotId slot : resolved_slots) map->unhold(slot);
+    resolved_slots.clear();
+  }
   /// Query heads that share one selection.
   std::uint32_t heads_per_group() const { return options.query_heads / layout.head_groups(); }
   std::uint32_t blocks_per_chunk() const { return kvtier::blocks_per_chunk(layout); }

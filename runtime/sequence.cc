@@ -71,6 +71,7 @@ Status Sequence::State::check_call(LayerIndex layer) const {
 Status Sequence::append(LayerIndex layer, const TokenRows& rows) {
   State& s = *state_;
   Runtime::State& runtime = s.runtime;
+  runtime.begin_call();
   KVTIER_RETURN_IF_ERROR(s.check_call(layer));
   if (rows.tokens > 0 && (rows.keys == nullptr || rows.values == nullptr)) {
     return invalid_argument(fmt::format("{} tokens to append without keys or values", rows.tokens));
@@ -113,6 +114,7 @@ Status Sequence::append(LayerIndex layer, const TokenRows& rows) {
 
 Status Sequence::observe_prompt(LayerIndex layer, const PromptQueries& queries) {
   State& s = *state_;
+  s.runtime.begin_call();
   KVTIER_RETURN_IF_ERROR(s.check_call(layer));
   if (queries.queries == nullptr && !queries.positions.empty()) {
     return invalid_argument("prompt queries are null");
@@ -245,6 +247,7 @@ void Sequence::State::remember_marks(const TokenRows& rows, std::uint32_t first,
 
 Status Sequence::close() {
   State& s = *state_;
+  s.runtime.begin_call();
   if (s.closed) return invalid_argument(fmt::format("sequence {} is closed already", s.id.value));
   return s.close();
 }

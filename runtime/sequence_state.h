@@ -67,9 +67,13 @@ struct Sequence::State {
   };
   Pass pass;
   std::uint32_t queries_of_step = 0;
-  /// A pass over what was not chosen, to compare with: hits are not counted, eviction learns
-  /// nothing.
-  bool measuring = false;
+  /// What the waves under way are for. Only of a step hits are counted, and does eviction learn.
+  enum class Purpose : unsigned char {
+    kStep,
+    kMeasure,  ///< Over what was not chosen, to compare with.
+    kExact,    ///< Over everything, streamed.
+  };
+  Purpose purpose = Purpose::kStep;
   struct Estimates {
     std::uint32_t rows = 0;
     bool measured = false;
@@ -89,6 +93,8 @@ struct Sequence::State {
   std::vector<std::uint32_t> query_positions;
   std::vector<BlockId> wanted;
   std::vector<WorkItem> work_missing;
+  std::vector<ResolvedRange> resolved_ranges;
+  std::vector<std::uint32_t> resolved_begins;
   // Of a step whose selector estimates the rest; see rest.cc.
   std::vector<float> rest_out;
   std::vector<float> rest_lse;
@@ -179,6 +185,8 @@ struct Sequence::State {
   }
   Status check_step(const StepRequest& request);
   StepRequest one_query_of(const StepRequest& request, std::uint32_t query) const;
+  Status plan_queries(const StepRequest& request, std::uint32_t first_query, StepTiming& timing,
+                      SelectRequest& question);
   Status step_queries(const StepRequest& request, std::uint32_t first_query, StepTiming& timing);
   Status refuse(const StepRequest& request, StepReport* report, const Status& status);
   void plan_work(const StepRequest& request);
@@ -188,6 +196,14 @@ struct Sequence::State {
   void hold_after_step(LayerIndex layer);
   void predict(LayerIndex layer);
   void fill_report(const StepRequest& request, const StepTiming& timing, StepReport* report) const;
+
+  // exact.cc
+  Status check_exact(const ExactRequest& request) const;
+
+  // resolve.cc
+  Status hold_work(StepTiming& timing);
+  std::uint32_t count_slots_wanted() const;
+  void fill_resolved(ResolvedBlocks* resolved);
 
   // rest.cc
   bool may_estimate(LayerIndex layer) const;
@@ -201,6 +217,10 @@ struct Sequence::State {
 
   // waves.cc
   Status run_waves(const StepRequest& request, StepTiming& timing);
+  Admission admission() const;
+  std::uint32_t wave_slots_max() const;
+  std::uint32_t stream_reads_max() const;
+  Status no_room_for(std::uint32_t begin, std::uint32_t end) const;
   std::uint32_t put_hits_first();
   std::uint32_t plan_wave(std::uint32_t begin, std::uint32_t hits, std::uint32_t slots_max,
                           WaveFetch& fetch);
@@ -209,6 +229,8 @@ struct Sequence::State {
   void take_piece(std::uint32_t begin, std::uint32_t end, WaveFetch& fetch);
   Status attend_wave(const StepRequest& request, std::uint32_t begin, std::uint32_t end,
                      StepTiming& timing);
+  Status attend_tasks(const StepRequest& request, std::size_t first, std::size_t count,
+                      StepTiming& timing);
   void finish_outputs(const StepRequest& request);
   void fail_outputs(const StepRequest& request);
   void merge_task(const StepRequest& request, const AttentionTask& task, HeadGroup group);

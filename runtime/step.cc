@@ -12,7 +12,11 @@ namespace kvtier {
 Status Sequence::step(const StepRequest& request, StepReport* report) {
   State& s = *state_;
   Runtime::State& runtime = s.runtime;
-  const Status checked = s.check_step(request);
+  runtime.begin_call();
+  Status checked = s.check_step(request);
+  if (checked.ok() && (request.out == nullptr || request.lse == nullptr)) {
+    checked = invalid_argument("a step without out or lse");
+  }
   if (!checked.ok()) return s.refuse(request, report, checked);
   StepTiming timing;
   const Duration start = runtime.now();
@@ -56,8 +60,9 @@ StepRequest Sequence::State::one_query_of(const StepRequest& request, std::uint3
 }
 
 // One selection, for the queries from `first_query` of the step on: as many as `request` has.
-Status Sequence::State::step_queries(const StepRequest& request, std::uint32_t first_query,
-                                     StepTiming& timing) {
+// Fills `question` and plans the work.
+Status Sequence::State::plan_queries(const StepRequest& request, std::uint32_t first_query,
+                                     StepTiming& timing, SelectRequest& question) {
   const Duration start = runtime.now();
   const std::uint32_t layer = request.layer.value;
   // Of a step with its own selections, the queries behind this one are still to come.
@@ -68,16 +73,15 @@ Status Sequence::State::step_queries(const StepRequest& request, std::uint32_t f
           .first_position = tokens[layer] - queries_left,
           .end = tokens[layer] - queries_left + request.query_count,
           .first_range = attended.size()};
-  const SelectRequest question{
-      .queries = request.queries,
-      .query_stride = std::size_t{runtime.options.query_heads} * runtime.layout.head_dim(),
-      .query_count = request.query_count,
-      .first_position = pass.first_position,
-      .budget_tokens = request.budget_tokens,
-      .band_tokens = runtime.look_ahead->enabled() ? request.budget_tokens : 0,
-      .external = request.external,
-      .layer_demands = layer_demands(),
-      .layer = layer};
+  question = {.queries = request.queries,
+              .query_stride = std::size_t{runtime.options.query_heads} * runtime.layout.head_dim(),
+              .query_count = request.query_count,
+              .first_position = pass.first_position,
+              .budget_tokens = request.budget_tokens,
+              .band_tokens = runtime.look_ahead->enabled() ? request.budget_tokens : 0,
+              .external = request.external,
+              .layer_demands = layer_demands(),
+              .layer = layer};
   Selector& selector = *selectors[layer];
   // One set of demands for all layers of a token: otherwise their shares would not add up.
   if (layer == 0) std::ranges::copy(demands, shared_demands.begin());
@@ -90,6 +94,13 @@ Status Sequence::State::step_queries(const StepRequest& request, std::uint32_t f
 
   plan_work(request);
   timing.resolve += runtime.now() - selected;
+  return {};
+}
+
+Status Sequence::State::step_queries(const StepRequest& request, std::uint32_t first_query,
+                                     StepTiming& timing) {
+  SelectRequest question;
+  KVTIER_RETURN_IF_ERROR(plan_queries(request, first_query, timing, question));
   KVTIER_RETURN_IF_ERROR(run_waves(request, timing));
   const Duration before_rest = runtime.now();
   if (may_estimate(request.layer)) KVTIER_RETURN_IF_ERROR(add_rest(request, question));
@@ -111,8 +122,8 @@ Status Sequence::State::refuse(const StepRequest& request, StepReport* report,
 }
 
 Status Sequence::State::check_step(const StepRequest& request) {
-  KVTIER_CHECK(!closed && request.layer.value < runtime.options.layers, "layer {} of {}",
-               request.layer.value, runtime.options.layers);
+  KVTIER_RETURN_IF_ERROR(check_call(request.layer));
+  if (request.queries == nullptr) return invalid_argument("a step without queries");
   const std::uint32_t present = tokens[request.layer.value];
   queries_of_step = request.query_count;
   if (request.query_count == 0 || request.query_count > kMaxStepQueries ||
@@ -263,6 +274,7 @@ void Sequence::State::hold_after_step(LayerIndex layer) {
 Status Sequence::hint(const StepRequest& guess) {
   State& s = *state_;
   Runtime::State& runtime = s.runtime;
+  runtime.begin_call();
   KVTIER_RETURN_IF_ERROR(s.check_step(guess));
   if (!runtime.look_ahead->enabled()) return {};
   const std::uint32_t layer = guess.layer.value;

@@ -12,6 +12,7 @@ namespace kvtier {
 
 Status Sequence::truncate(std::uint32_t tokens) {
   State& s = *state_;
+  s.runtime.begin_call();
   if (s.closed) return invalid_argument(fmt::format("sequence {} is closed", s.id.value));
   return s.truncate(tokens);
 }

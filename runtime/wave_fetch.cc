@@ -51,7 +51,7 @@ Tier WaveFetch::add_extent(ExtentId extent, std::uint32_t miss) {
   if (!row.frame.is_none()) {
     table_.hold_frame(extent);
     held_frames_.push_back(extent);
-    table_.touch(extent);
+    if (why_ != Admission::kStreamed) table_.touch(extent);
     if (row.prefetched) counters_.prefetch.useful_bytes += layout_.extent_bytes();
     row.prefetched = false;
     if (is_in_frame(row.state) && table_.has_damage(extent)) host_.settle_write(extent);
@@ -79,12 +79,12 @@ void WaveFetch::add_span(std::uint32_t miss) {
 
 // --- Moving.
 
-void WaveFetch::begin(Admission why) {
-  why_ = why;
+void WaveFetch::begin() {
   for (Arrival& arrival : reads_) {
     if (arrival.started) continue;
     const bool had_frame = !table_.row(arrival.extent).frame.is_none();
-    arrival.status = host_.start_read(arrival.extent, Priority::kDemand);
+    arrival.status = host_.start_read(arrival.extent, Priority::kDemand,
+                                      why_ == Admission::kStreamed ? why_ : Admission::kUsed);
     if (!arrival.status.ok() || had_frame) continue;
     table_.hold_frame(arrival.extent);
     held_frames_.push_back(arrival.extent);
@@ -162,6 +162,7 @@ void WaveFetch::finish(std::vector<BlockFailure>& failures) {
   miss_of_span_.clear();
   copies_.clear();
   spans_submitted_ = 0;
+  why_ = Admission::kUsed;
 }
 
 // --- Judging.

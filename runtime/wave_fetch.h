@@ -42,11 +42,14 @@ class WaveFetch {
   /// Extents that this wave brings from disk, so far.
   std::uint32_t reads() const { return static_cast<std::uint32_t>(reads_.size()); }
 
+  /// Before the first `add` of a wave: what eviction is told of what arrives, until `finish`. A
+  /// frame that is only streamed from is not touched.
+  void admit_as(Admission why) { why_ = why; }
   /// Adds a miss; returns the tier where its bytes are now (an extent that look-ahead is bringing
   /// counts as host).
   Tier add(const Miss& miss);
-  /// Starts every read and copy. `why` is what eviction is told of what arrives.
-  void begin(Admission why = Admission::kUsed);
+  /// Starts every read and copy.
+  void begin();
   /// Afterwards every added block is resident, or absent and named in `failures`.
   void finish(std::vector<BlockFailure>& failures);
 

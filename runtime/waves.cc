@@ -5,6 +5,14 @@
 #include <limits>
 
 namespace kvtier {
+namespace {
+
+/// Blocks of one wave of a stream: more would make nothing faster.
+constexpr std::uint32_t kStreamBlocksMax = 1024;
+/// Floats of partial results that are made before they are merged.
+constexpr std::size_t kPartialFloatsMax = std::size_t{4} << 20;
+
+}  // namespace
 
 // --- Waves: what fits on the device at once is fetched, attended, let go.
 
@@ -15,15 +23,13 @@ Status Sequence::State::run_waves(const StepRequest& request, StepTiming& timing
   const Duration resolve_start = runtime.now();
   const auto items = static_cast<std::uint32_t>(work.size());
   const std::uint32_t hits = runtime.options.deterministic ? 0 : put_hits_first();
-  // When not everything fits, half of the slots hold what is attended and half what arrives.
-  const std::uint32_t available = runtime.map->available();
-  const std::uint32_t slots_max = items <= available ? available : available / 2;
+  const std::uint32_t slots_max = wave_slots_max();
   timing.resolve += runtime.now() - resolve_start;
   const auto plan_and_begin = [&](std::uint32_t first, WaveFetch& fetch) {
     const Duration start = runtime.now();
+    fetch.admit_as(admission());
     const std::uint32_t last = plan_wave(first, hits, slots_max, fetch);
-    // What is only measured must not push out what is used.
-    fetch.begin(measuring ? Admission::kPredicted : Admission::kUsed);
+    fetch.begin();
     timing.resolve += runtime.now() - start;
     return last;
   };
@@ -35,7 +41,7 @@ Status Sequence::State::run_waves(const StepRequest& request, StepTiming& timing
   while (begin < items) {
     if (end == begin) {
       fail_outputs(request);
-      return no_space("no device slot or host frame is left for a step's blocks");
+      return no_room_for(begin, piece_end(begin, hits));
     }
     ++runtime.wave_count;
     const Duration fetch_start = runtime.now();
@@ -64,6 +70,38 @@ Status Sequence::State::run_waves(const StepRequest& request, StepTiming& timing
     return status;
   }
   return {};
+}
+
+// What is only measured, or passes through, must not push out what is used.
+Admission Sequence::State::admission() const {
+  switch (purpose) {
+    case Purpose::kStep: break;
+    case Purpose::kMeasure: return Admission::kPredicted;
+    case Purpose::kExact: return Admission::kStreamed;
+  }
+  return Admission::kUsed;
+}
+
+// When not everything fits, half of the slots hold what is attended and half what arrives. Of a
+// stream these are a share of the slots together, so that it leaves the others to steps.
+std::uint32_t Sequence::State::wave_slots_max() const {
+  const std::uint32_t available = runtime.map->available();
+  if (purpose == Purpose::kExact) {
+    return std::clamp(available / (2 * kPredictedShare), 1u, kStreamBlocksMax);
+  }
+  return work.size() <= available ? available : available / 2;
+}
+
+// Of the items that must be attended together.
+Status Sequence::State::no_room_for(std::uint32_t begin, std::uint32_t end) const {
+  return no_space(fmt::format(
+      "{} blocks are attended at once and need {} bytes of device slots, where {} are not held, "
+      "and "
+      "as many extents of {} bytes in host frames, where {} frames can be had; give the tiers more "
+      "capacity",
+      end - begin, (end - begin) * runtime.layout.block_bytes(),
+      runtime.map->available() * runtime.layout.block_bytes(), runtime.layout.extent_bytes(),
+      runtime.table->frames_available()));
 }
 
 // Resident blocks come first: they are attended while the others are on their way.
@@ -109,12 +147,18 @@ std::uint32_t Sequence::State::plan_wave(std::uint32_t begin, std::uint32_t hits
     const bool first = end == begin;
     // Hits make a wave of their own, so that they can be attended before anything has arrived.
     if (!first && (end == hits || stop - begin > slots_max)) break;
+    if (!first && purpose == Purpose::kExact && fetch.reads() >= stream_reads_max()) break;
     if (stop > hits && !piece_fits(end, stop, fetch)) break;
     take_piece(end, stop, fetch);
     end = stop;
   }
   runtime.record(Track::kResolve, "resolve", start, runtime.now(), 0);
   return end;
+}
+
+// Extents that a wave of a stream reads from disk.
+std::uint32_t Sequence::State::stream_reads_max() const {
+  return std::max(1u, runtime.table->frames() / (2 * kPredictedShare));
 }
 
 bool Sequence::State::piece_fits(std::uint32_t begin, std::uint32_t end,
@@ -141,7 +185,7 @@ void Sequence::State::take_piece(std::uint32_t begin, std::uint32_t end, WaveFet
   for (WorkItem& item : std::span(work).subspan(begin, end - begin)) {
     const SlotId slot = runtime.map->find(item.block);
     if (slot.is_none()) continue;
-    if (!measuring) {
+    if (purpose == Purpose::kStep) {
       if (runtime.map->is_held(slot)) {
         ++runtime.held_hits;
       } else {
@@ -163,7 +207,7 @@ void Sequence::State::take_piece(std::uint32_t begin, std::uint32_t end, WaveFet
     const std::optional<SlotId> slot = runtime.map->reserve(item.block);
     KVTIER_CHECK(slot.has_value(), "a slot was available and none is there");
     const Tier tier = fetch.add({item.block, *slot});
-    if (measuring) continue;
+    if (purpose != Purpose::kStep) continue;
     ++runtime.hits[static_cast<std::size_t>(tier)];
     if (tier == Tier::kDisk) runtime.look_ahead->note_demand(runtime.layout.extent_of(item.block));
   }
@@ -209,14 +253,34 @@ Status Sequence::State::attend_wave(const StepRequest& request, std::uint32_t be
     task_groups.push_back(work[first].head_group);
     first = last;
   }
-  if (partial_lse.size() < tasks.size() * state_rows) {
-    partial_lse.resize(tasks.size() * state_rows);
-    partial_out.resize(tasks.size() * state_rows * value_dim);
+  const std::size_t together = std::clamp<std::size_t>(kPartialFloatsMax / (state_rows * value_dim),
+                                                       1, std::max<std::size_t>(1, tasks.size()));
+  if (partial_lse.size() < together * state_rows) {
+    partial_lse.resize(together * state_rows);
+    partial_out.resize(together * state_rows * value_dim);
   }
+  timing.attend += runtime.now() - start;
+  for (std::size_t first = 0; first < tasks.size(); first += together) {
+    KVTIER_RETURN_IF_ERROR(
+        attend_tasks(request, first, std::min(together, tasks.size() - first), timing));
+  }
+  runtime.record(Track::kAttend, "attend", start, runtime.now(),
+                 (end - begin) * runtime.layout.block_bytes());
+  return {};
+}
+
+// Attends tasks [first, first + count) and merges what they give, in their order.
+Status Sequence::State::attend_tasks(const StepRequest& request, std::size_t first,
+                                     std::size_t count, StepTiming& timing) {
+  const Duration start = runtime.now();
+  const std::uint32_t heads = runtime.heads_per_group();
+  const std::size_t state_rows = std::size_t{request.query_count} * heads;
+  const std::uint32_t value_dim = runtime.layout.value_dim();
   const std::size_t head_dim = runtime.layout.head_dim();
-  for (std::size_t i = 0; i < tasks.size(); ++i) {
-    AttentionTask& task = tasks[i];
-    task.queries = request.queries + task_groups[i].value * heads * head_dim;
+  const std::span<AttentionTask> some = std::span(tasks).subspan(first, count);
+  for (std::size_t i = 0; i < count; ++i) {
+    AttentionTask& task = some[i];
+    task.queries = request.queries + task_groups[first + i].value * heads * head_dim;
     task.query_stride = runtime.options.query_heads * head_dim;
     task.query_count = request.query_count;
     if (request.query_count > 1) task.query_positions = query_positions;
@@ -229,13 +293,10 @@ Status Sequence::State::attend_wave(const StepRequest& request, std::uint32_t be
       .layout = &runtime.layout,
       .queries_per_kv_head = runtime.options.query_heads / runtime.options.block.kv_heads,
       .softmax = runtime.options.softmax};
-  const Status attended_status = runtime.environment.device->attend(params, tasks);
+  KVTIER_RETURN_IF_ERROR(runtime.environment.device->attend(params, some));
   const Duration attended_at = runtime.now();
   timing.attend += attended_at - start;
-  runtime.record(Track::kAttend, "attend", start, attended_at,
-                 (end - begin) * runtime.layout.block_bytes());
-  if (!attended_status.ok()) return attended_status;
-  for (std::size_t i = 0; i < tasks.size(); ++i) merge_task(request, tasks[i], task_groups[i]);
+  for (std::size_t i = 0; i < count; ++i) merge_task(request, some[i], task_groups[first + i]);
   timing.merge += runtime.now() - attended_at;
   runtime.record(Track::kMerge, "merge", attended_at, runtime.now(), 0);
   return {};
@@ -271,8 +332,8 @@ void Sequence::State::finish_outputs(const StepRequest& request) {
 void Sequence::State::fail_outputs(const StepRequest& request) {
   constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
   const std::size_t rows = std::size_t{request.query_count} * runtime.options.query_heads;
-  std::fill_n(request.out, rows * runtime.layout.value_dim(), kNan);
-  std::fill_n(request.lse, rows, kNan);
+  if (request.out != nullptr) std::fill_n(request.out, rows * runtime.layout.value_dim(), kNan);
+  if (request.lse != nullptr) std::fill_n(request.lse, rows, kNan);
 }
 
 }  // namespace kvtier

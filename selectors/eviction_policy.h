@@ -15,6 +15,7 @@ namespace kvtier {
 enum class Admission {
   kUsed,       ///< It is being used now.
   kPredicted,  ///< It may be used soon; `touch` says when it was.
+  kStreamed,   ///< It is used once, in passing: the first to leave again, unless `touch` says more.
 };
 
 /// A policy that tells guesses from uses keeps one place in this many for guesses. Whoever admits

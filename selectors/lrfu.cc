@@ -16,7 +16,8 @@ namespace {
 ///
 /// What is admitted on a prediction stands in a queue of its own, of at most one place in
 /// `kPredictedShare`, and leaves first come, first out until it is used: guesses compete with
-/// guesses, and a wrong one costs no block that has been used.
+/// guesses, and a wrong one costs no block that has been used. What is streamed stands in another
+/// queue and leaves before everything else.
 ///
 /// Time is the number of uses. The half-life is `kHalfLife` uses for every place, so a block must
 /// do without for several turnovers of the tier before its past stops counting.
@@ -32,6 +33,7 @@ class Lrfu final : public EvictionPolicy {
         predicted_max_(std::max(1u, capacity / kPredictedShare)),
         heap_(capacity),
         predicted_(capacity, 1),
+        streamed_(capacity, 1),
         ids_(capacity),
         ghosts_(capacity) {
     passed_.reserve(capacity);
@@ -39,7 +41,9 @@ class Lrfu final : public EvictionPolicy {
 
   void admit(std::uint32_t place, std::uint64_t id, Admission why) override {
     ids_[place] = id;
-    if (why == Admission::kPredicted) {
+    if (why == Admission::kStreamed) {
+      streamed_.push_front(0, place);
+    } else if (why == Admission::kPredicted) {
       predicted_.push_front(0, place);
     } else {
       push_used(place);
@@ -47,8 +51,8 @@ class Lrfu final : public EvictionPolicy {
   }
 
   void touch(std::uint32_t place) override {
-    if (predicted_.contains(place)) {
-      predicted_.erase(0, place);
+    if (predicted_.contains(place) || streamed_.contains(place)) {
+      remove(place);
       push_used(place);
       return;
     }
@@ -57,7 +61,9 @@ class Lrfu final : public EvictionPolicy {
   }
 
   void remove(std::uint32_t place) override {
-    if (predicted_.contains(place)) {
+    if (streamed_.contains(place)) {
+      streamed_.erase(0, place);
+    } else if (predicted_.contains(place)) {
       predicted_.erase(0, place);
     } else {
       heap_.erase(place);
@@ -67,6 +73,7 @@ class Lrfu final : public EvictionPolicy {
   std::optional<std::uint32_t> evict(std::span<const std::uint16_t> held) override {
     KVTIER_CHECK(held.size() == heap_.capacity(), "{} held counts for {} places", held.size(),
                  heap_.capacity());
+    if (const auto place = streamed_.take_back(0, held)) return place;
     if (predicted_.size(0) >= predicted_max_) {
       if (const auto place = predicted_.take_back(0, held)) return place;
     }
@@ -118,6 +125,7 @@ class Lrfu final : public EvictionPolicy {
   std::uint64_t uses_ = 0;
   PlaceHeap heap_;
   PlaceLists predicted_;
+  PlaceLists streamed_;
   std::vector<std::uint64_t> ids_;
   GhostScores ghosts_;
   std::vector<Passed> passed_;
