@@ -196,7 +196,7 @@ class TieredCache(DynamicCache):
     def crop(self, amount: int) -> None:
         """As the installed transformers has it: negative, tokens to remove; positive, until 5.0,
         tokens to keep. Also puts the cache right after a forward that failed."""
-        length = min(layer.length for layer in self._tiered)
+        length = max(layer.length for layer in self._tiered)
         if amount < 0:
             kept = max(length + amount, 0)
         elif _CROP_REMOVES:
@@ -206,18 +206,20 @@ class TieredCache(DynamicCache):
         else:
             kept = min(amount, length)
         for layer in self._others:
-            layer.crop(amount)
-        self._keep(kept)
+            # After a forward that failed, a layer behind it has less to remove.
+            behind = length - layer.get_seq_length() if isinstance(layer, CacheLayerMixin) else 0
+            layer.crop(min(amount + behind, 0) if amount < 0 else amount)
+        self._keep(min(kept, length))
 
     def keep(self, tokens: int) -> None:
         """Forgets everything from position ``tokens`` on, whatever ``crop`` means in the installed
         transformers."""
-        length = self.get_seq_length(self._tiered[0].model_layer)
+        length = max(layer.length for layer in self._tiered)
         self.crop(tokens - length if tokens < length else (0 if _CROP_REMOVES else tokens))
 
     def _keep(self, positions: int) -> None:
         for layer in self._tiered:
-            layer.length = positions
+            layer.length = min(layer.length, positions)
             layer.forget_call()
         self.store.truncate(positions)
 
