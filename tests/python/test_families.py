@@ -94,6 +94,21 @@ def test_logits_are_those_of_the_stock_cache(name):
         assert (stats["latent_attention"] == "expanded") == name.startswith("deepseek")
 
 
+@pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v3"])
+def test_exempt_layers(name):
+    model, layers = model_of(name)
+    stock = stock_of(model)
+    ids = prompt(1, 60)
+    full = [1] if name == "gpt_oss" else [0, 2]
+    plain = transformers.DynamicCache(config=stock.config)
+    with tiered(model, exempt_layers=tuple(full)) as cache, torch.no_grad():
+        for part in (ids[:, :40], ids[:, 40:41], ids[:, 41:]):
+            torch.testing.assert_close(model(part, **{CACHE: cache}).logits,
+                                       stock(part, **{CACHE: plain}).logits, atol=1e-4, rtol=0)
+        assert cache.stats()["layers"] == layers - len(full)
+        assert cache.stats()["stock_calls"] == 3 * len(full)
+
+
 @pytest.mark.parametrize("name", ["gpt_oss", "gemma2", "qwen3_next", "deepseek_v3"])
 def test_greedy_text(name):
     model, _ = model_of(name)
@@ -122,7 +137,7 @@ def test_a_head_dim_that_the_kernels_do_not_take_is_refused_by_name(head_dim):
 
 
 def test_many_queries_per_kv_head_are_refused_by_name():
-    model = llama(num_attention_heads=18, num_key_value_heads=1, head_dim=8)
+    model = llama(hidden_size=144, num_attention_heads=18, num_key_value_heads=1)
     with tiered(model) as cache, torch.no_grad():
         with pytest.raises(kvtier.Unsupported, match="18 query heads share a KV head"):
             model(prompt(1, 10), **{CACHE: cache})

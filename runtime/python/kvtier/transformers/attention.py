@@ -31,9 +31,51 @@ class TieredLength(int):
     is not handed the cache."""
 
 
+class _Carrier(torch.Tensor):
+    """A tensor whose mark goes on to whatever is computed from it. For latent attention, which
+    expands what the cache returns into keys and values before it attends them."""
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            result = function(*args, **(kwargs or {}))
+        mark = _first_mark(args)
+        if mark is None:
+            return result
+        if isinstance(result, torch.Tensor):
+            return _carried(result, mark)
+        if isinstance(result, (tuple, list)) and type(result) in (tuple, list):
+            return type(result)(
+                _carried(item, mark) if isinstance(item, torch.Tensor) else item for item in result
+            )
+        return result
+
+
+def _carried(tensor: torch.Tensor, mark: Call | Store) -> torch.Tensor:
+    carrier = tensor.as_subclass(_Carrier)
+    setattr(carrier, _MARK, mark)
+    return carrier
+
+
+def _first_mark(args: Any) -> Call | Store | None:
+    for item in args:
+        if isinstance(item, (tuple, list)):
+            found = _first_mark(item)
+        else:
+            found = getattr(item, _MARK, None) if isinstance(item, _Carrier) else None
+        if found is not None:
+            return found
+    return None
+
+
 def marked(keys: torch.Tensor, mark: Call | Store) -> torch.Tensor:
     """The same keys as a tensor object of their own, with what belongs to them."""
+    store = mark.store if isinstance(mark, Call) else mark
     keys = keys.view_as(keys)
+    if store.family.compressed:
+        return _carried(keys, mark)
     setattr(keys, _MARK, mark)
     return keys
 
@@ -85,7 +127,9 @@ def _attention_over(stock: str) -> Callable[..., tuple[torch.Tensor, torch.Tenso
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         mark = getattr(key, _MARK, None)
+        key, value = key.as_subclass(torch.Tensor), value.as_subclass(torch.Tensor)
         if isinstance(mark, Call):
+            mark.take(key, value)
             return _tiered(mark, query, attention_mask, scaling, kwargs), None
         inner = _stock_function(stock, module)
         if isinstance(mark, Store):

@@ -196,6 +196,7 @@ class TieredCache(DynamicCache):
     def crop(self, amount: int) -> None:
         """As the installed transformers has it: negative, tokens to remove; positive, until 5.0,
         tokens to keep. Also puts the cache right after a forward that failed."""
+        amount = int(amount)  # Some versions pass a tensor.
         length = max(layer.length for layer in self._tiered)
         if amount < 0:
             kept = max(length + amount, 0)

@@ -61,6 +61,15 @@ class Call:
     def end(self) -> int:
         return self.begin + self.keys.shape[2]
 
+    def take(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """What the model made of the keys in between: with latent attention the latents become
+        keys and values of every head."""
+        if keys.shape[2] != self.keys.shape[2]:
+            raise Unsupported(
+                f"the model attends {keys.shape[2]} tokens where it stored {self.keys.shape[2]}"
+            )
+        self.keys, self.values = keys, values
+
 
 class Store:
     """One runtime for the tiered layers of one cache. One thread at a time."""
