@@ -128,8 +128,11 @@ def test_prompt_lookup_truncates():
 
 def test_chunked_prefill():
     model = llama()
+    # 5.0 chunks only where it is handed a cache, the stock one too.
+    expected = stock_of(model).generate(prompt(1, 90), **PLAIN)
     with tiered(model) as cache:
-        assert_same_text(model, stock_of(model), prompt(1, 90), cache, prefill_chunk_size=32)
+        found = model.generate(prompt(1, 90), **{CACHE: cache}, prefill_chunk_size=32, **PLAIN)
+        assert found.tolist() == expected.tolist()
         assert cache.stats()["exact_calls"] >= 3 * 3
 
 
