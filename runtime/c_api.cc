@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <limits>
+#include <random>
 #include <string_view>
 
 using namespace kvtier;
@@ -120,12 +121,6 @@ Status translate(const kvtier_options& given, RuntimeOptions& options) {
   return {};
 }
 
-void log(const kvtier_options& options, const std::string& message) {
-  if (options.logger != nullptr && !message.empty()) {
-    options.logger(options.logger_context, message.c_str());
-  }
-}
-
 Status check_allocator(const kvtier_allocator* allocator, const char* name) {
   if (allocator == nullptr || (allocator->allocate != nullptr && allocator->release != nullptr)) {
     return {};
@@ -135,6 +130,8 @@ Status check_allocator(const kvtier_allocator* allocator, const char* name) {
 
 Status open(const kvtier_options& given, kvtier_runtime& target) {
   KVTIER_RETURN_IF_ERROR(translate(given, target.options));
+  target.logger = given.logger;
+  target.logger_context = given.logger_context;
   KVTIER_RETURN_IF_ERROR(check_allocator(given.device_allocator, "device_allocator"));
   KVTIER_RETURN_IF_ERROR(check_allocator(given.host_allocator, "host_allocator"));
   if (given.threads > 4096) {
@@ -142,6 +139,8 @@ Status open(const kvtier_options& given, kvtier_runtime& target) {
   }
   RuntimeOptions& options = target.options;
   target.slots.resize(options.sequences_max);
+  std::random_device random;
+  target.origin = std::uint64_t{random()} << 32 | random();
   if (given.timeline_events > 0) {
     target.timeline = std::make_unique<Timeline>(given.timeline_events);
   }
@@ -156,7 +155,7 @@ Status open(const kvtier_options& given, kvtier_runtime& target) {
     KVTIER_RETURN_IF_ERROR(Runtime::needs(options).status());
     KVTIER_ASSIGN_OR_RETURN(target.disk, open_file({.directory = given.disk_path,
                                                     .bytes = options.disk_capacity_bytes}));
-    log(given, target.disk->traits().reason);
+    target.log(target.disk->traits().reason);
   }
   KVTIER_ASSIGN_OR_RETURN(target.runtime,
                           Runtime::open(options, {.clock = &target.clock,
@@ -164,8 +163,8 @@ Status open(const kvtier_options& given, kvtier_runtime& target) {
                                                   .link = target.link.get(),
                                                   .disk = target.disk.get(),
                                                   .timeline = target.timeline.get()}));
-  log(given, target.runtime->stats().slab.note);
-  log(given, target.runtime->stats().frames.note);
+  target.log(target.runtime->stats().slab.note);
+  target.log(target.runtime->stats().frames.note);
   return {};
 }
 
@@ -179,6 +178,7 @@ Status close(kvtier_runtime& runtime) {
     keep(slot.sequence->close());
     slot.sequence.reset();
   }
+  keep(close_store(runtime));
   if (runtime.runtime != nullptr) keep(runtime.runtime->close());
   runtime.runtime.reset();
   if (runtime.disk != nullptr) keep(runtime.disk->close());
@@ -198,6 +198,10 @@ kvtier_status report(const Status& status) {
 kvtier_runtime::kvtier_runtime() = default;
 kvtier_runtime::~kvtier_runtime() = default;
 
+void kvtier_runtime::log(const std::string& message) const {
+  if (logger != nullptr && !message.empty()) logger(logger_context, message.c_str());
+}
+
 uint32_t kvtier_version(void) {
   return 10000 * KVTIER_VERSION_MAJOR + 100 * KVTIER_VERSION_MINOR + KVTIER_VERSION_PATCH;
 }
@@ -206,7 +210,8 @@ const char* kvtier_version_string(void) { return KVTIER_VERSION; }
 
 int kvtier_has_feature(const char* name) {
   if (name == nullptr) return 0;
-  for (const std::string_view known : {"cpu", "disk", "exact-attention", "fork", "resolve"}) {
+  for (const std::string_view known :
+       {"cpu", "disk", "exact-attention", "fork", "resolve", "prefix-store"}) {
     if (name == known) return 1;
   }
   return 0;
@@ -227,7 +232,9 @@ size_t kvtier_struct_size(const char* name) {
                               {"kvtier_slots", sizeof(kvtier_slots)},
                               {"kvtier_tier_stats", sizeof(kvtier_tier_stats)},
                               {"kvtier_stats", sizeof(kvtier_stats)},
-                              {"kvtier_sequence_stats", sizeof(kvtier_sequence_stats)}};
+                              {"kvtier_sequence_stats", sizeof(kvtier_sequence_stats)},
+                              {"kvtier_store_options", sizeof(kvtier_store_options)},
+                              {"kvtier_store_stats", sizeof(kvtier_store_stats)}};
   for (const Known& known : kKnown) {
     if (name != nullptr && known.name == name) return known.size;
   }

@@ -12,28 +12,6 @@ kvtier_sequence name_of(std::size_t index, std::uint32_t generation) {
   return std::uint64_t{generation} << 32 | index;
 }
 
-/// Content of a sequence is known by where it began; a runtime's blocks never leave its process.
-Origin next_origin(kvtier_runtime& runtime) {
-  return {.high = runtime.options.seed ^ 0x6b76746965720001u, .low = ++runtime.origins};
-}
-
-/// A place for one more sequence.
-Result<std::size_t> free_slot(const kvtier_runtime& runtime) {
-  for (std::size_t i = 0; i < runtime.slots.size(); ++i) {
-    if (runtime.slots[i].sequence == nullptr) return i;
-  }
-  return no_space(fmt::format("{} sequences are open, as many as sequences_max allows; free one",
-                              runtime.slots.size()));
-}
-
-kvtier_sequence keep(kvtier_runtime& runtime, std::size_t index,
-                     std::unique_ptr<Sequence> sequence) {
-  kvtier_runtime::Slot& slot = runtime.slots[index];
-  slot.sequence = std::move(sequence);
-  ++slot.generation;
-  return name_of(index, slot.generation);
-}
-
 Status check_layer(const kvtier_runtime& runtime, std::uint32_t layer) {
   if (layer < runtime.options.layers) return {};
   return invalid_argument(
@@ -46,6 +24,27 @@ Status refuse_stream(const void* stream) {
 }
 
 }  // namespace
+
+// A sequence's content is named by who made it and when.
+Origin next_origin(kvtier_runtime& runtime) {
+  return {.high = runtime.origin, .low = ++runtime.origins};
+}
+
+Result<std::size_t> free_slot(const kvtier_runtime& runtime) {
+  for (std::size_t i = 0; i < runtime.slots.size(); ++i) {
+    if (runtime.slots[i].sequence == nullptr) return i;
+  }
+  return no_space(fmt::format("{} sequences are open, as many as sequences_max allows; free one",
+                              runtime.slots.size()));
+}
+
+kvtier_sequence keep_sequence(kvtier_runtime& runtime, std::size_t index,
+                              std::unique_ptr<Sequence> sequence) {
+  kvtier_runtime::Slot& slot = runtime.slots[index];
+  slot.sequence = std::move(sequence);
+  ++slot.generation;
+  return name_of(index, slot.generation);
+}
 
 Result<Sequence*> find_sequence(kvtier_runtime& runtime, kvtier_sequence sequence) {
   const std::size_t index = sequence & 0xFFFFFFFFu;
@@ -72,7 +71,7 @@ kvtier_status kvtier_sequence_create(kvtier_runtime* runtime, kvtier_sequence* s
     if (sequence == nullptr) return invalid_argument("sequence is NULL");
     KVTIER_ASSIGN_OR_RETURN(const std::size_t index, free_slot(inner));
     KVTIER_ASSIGN_OR_RETURN(auto created, inner.runtime->create_sequence(next_origin(inner)));
-    *sequence = keep(inner, index, std::move(created));
+    *sequence = keep_sequence(inner, index, std::move(created));
     return {};
   });
 }
@@ -85,7 +84,7 @@ kvtier_status kvtier_sequence_fork(kvtier_runtime* runtime, kvtier_sequence pare
         if (sequence == nullptr) return invalid_argument("sequence is NULL");
         KVTIER_ASSIGN_OR_RETURN(const std::size_t index, free_slot(inner));
         KVTIER_ASSIGN_OR_RETURN(auto forked, found.fork(tokens, next_origin(inner)));
-        *sequence = keep(inner, index, std::move(forked));
+        *sequence = keep_sequence(inner, index, std::move(forked));
         return {};
       });
 }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "runtime/kvtier.h"
+#include "runtime/prefix_store.h"
 #include "runtime/runtime.h"
 
 #include <atomic>
@@ -32,7 +33,15 @@ struct kvtier_runtime {
   std::unique_ptr<kvtier::Runtime> runtime;
   kvtier::RuntimeOptions options;
   std::vector<Slot> slots;
+  /// Of this runtime's sequences: blocks that a store hands on are never mistaken for others'.
+  std::uint64_t origin = 0;
   std::uint64_t origins = 0;
+  std::unique_ptr<kvtier::PageCipher> cipher;
+  std::unique_ptr<kvtier::Store> store;
+  std::unique_ptr<kvtier::PrefixStore> prefixes;
+  kvtier_logger logger = nullptr;
+  void* logger_context = nullptr;
+  void log(const std::string& message) const;
 
   /// Set while a call is under way.
   std::atomic_flag entered = ATOMIC_FLAG_INIT;
@@ -102,6 +111,15 @@ kvtier_status with_runtime(kvtier_runtime* runtime, bool changes, Body&& body) n
     return body(*runtime);
   });
 }
+
+/// Ends the prefix store where one is open.
+Status close_store(kvtier_runtime& runtime);
+
+/// A place for one more sequence, and its name once it is there.
+Result<std::size_t> free_slot(const kvtier_runtime& runtime);
+kvtier_sequence keep_sequence(kvtier_runtime& runtime, std::size_t index,
+                              std::unique_ptr<Sequence> sequence);
+Origin next_origin(kvtier_runtime& runtime);
 
 /// The sequence of that name. `invalid_argument` for one that was freed or never was.
 Result<Sequence*> find_sequence(kvtier_runtime& runtime, kvtier_sequence sequence);

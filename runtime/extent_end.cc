@@ -40,6 +40,28 @@ void HostTier::reopen(ExtentId id, std::uint32_t first_cut) {
   extent.prefetched = false;
 }
 
+Status HostTier::adopt(ExtentId id) {
+  Extent& extent = table_.row(id);
+  const ExtentHeader header = table_.header(id);
+  KVTIER_RETURN_IF_ERROR(header.verify(extent.owner.layer, extent.owner.head_group));
+  const Origin origin = header.entry(0).identity.origin;
+  for (std::uint32_t place = 0; place < layout_.blocks_per_extent(); ++place) {
+    const ExtentEntry entry = header.entry(place);
+    const BlockIdentity expected{origin, extent.owner.layer, extent.owner.head_group,
+                                 BlockIndex{extent.owner.first_block.value + place}};
+    if (entry.length_bytes != layout_.payload_bytes() || entry.identity != expected) {
+      return corrupt(fmt::format("place {} of an extent holds block {}, expected {}", place,
+                                 entry.identity.index.value, expected.index.value));
+    }
+    const BlockId block = layout_.block_id(id, place);
+    table_.set_generation(block, entry.generation);
+    table_.set_damaged(block, false);
+  }
+  extent.owner.origin = origin;
+  extent.sealed = layout_.blocks_per_extent();
+  return complete(id);
+}
+
 void HostTier::copy_blocks(ExtentId source, ExtentId target, std::uint32_t blocks,
                            Generation generation) {
   ExtentHeader header = table_.header(target);

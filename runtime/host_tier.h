@@ -75,6 +75,10 @@ class HostTier {
   Status write_through(BlockId id, SlotId slot);
   /// Copies what `write_through` recorded and waits for it.
   Status settle();
+  /// The frame of a new extent has been filled from a store that verified it: takes its blocks'
+  /// identities and generations from its header, and completes it. `corrupt` when the header is not
+  /// that of a full extent of this layer, head group and place.
+  Status adopt(ExtentId id);
   /// Every block of the extent is sealed: settles, and starts writing it to disk where a place is
   /// left there.
   Status complete(ExtentId id);

@@ -41,12 +41,13 @@ extern "C" {
 KVTIER_API uint32_t kvtier_version(void);
 /** The same as text, "0.1.0". Lives for ever. */
 KVTIER_API const char* kvtier_version_string(void);
-/** Whether the library has a feature: "cuda", "disk", "exact-attention", "fork", "resolve".
+/** Whether the library has a feature: "cuda", "disk", "exact-attention", "fork", "resolve",
+ *  "prefix-store".
  *  Unknown names are features that it has not. Whether the machine has it shows at open. */
 KVTIER_API int kvtier_has_feature(const char* name);
 
-/** Size of a struct of this header as the library that is loaded knows it ("kvtier_options", ...), for
- *  bindings of other languages to compare their own layout with; 0: unknown. */
+/** Size of a struct of this header as the library that is loaded knows it ("kvtier_options", ...),
+ * for bindings of other languages to compare their own layout with; 0: unknown. */
 KVTIER_API size_t kvtier_struct_size(const char* name);
 
 /** What a call came to; what to do next, not which function failed. */
@@ -344,6 +345,66 @@ KVTIER_API kvtier_status kvtier_attended(kvtier_runtime* runtime, kvtier_range* 
  *  found. NULL when there is no failure of that number. Lives until the next call; what was said of
  *  `kvtier_attended` holds here. */
 KVTIER_API const char* kvtier_failure_text(kvtier_runtime* runtime, uint32_t number);
+
+/* ---- Prefixes that outlive the process -------------------------------------------------------- */
+
+/** What a save promises once it has returned KVTIER_OK. */
+typedef enum kvtier_durability {
+  KVTIER_DURABLE_NONE = 0,  /**< Gone with the process. */
+  KVTIER_DURABLE_CLEAN = 1, /**< There after a clean close. */
+  KVTIER_DURABLE_CRASH = 2, /**< There after the process is killed. */
+  KVTIER_DURABLE_POWER = 3  /**< There after a power failure. */
+} kvtier_durability;
+
+typedef struct kvtier_store_options {
+  size_t struct_size;
+  const char* path;        /**< Directory; made where there is none, for its owner alone. */
+  uint64_t capacity_bytes; /**< Of all files together, taken when the store is made. 0: as found. */
+  uint64_t free_bytes_min; /**< What the file system must keep free besides; default 1 GiB. */
+  kvtier_durability durability; /**< Default crash. */
+  const char* model;       /**< Names model, weights and whatever else KV depends on. Not NULL. */
+  const char* tenant_salt; /**< A secret of the tenant, or NULL. */
+  const char* key_file;    /**< 64 bytes for AES-256-XTS, or NULL: not encrypted. */
+  int read_only;
+} kvtier_store_options;
+#define KVTIER_STORE_OPTIONS_INIT(options) \
+  kvtier_store_options_init((options), sizeof(kvtier_store_options))
+KVTIER_API kvtier_status kvtier_store_options_init(kvtier_store_options* options,
+                                                   size_t struct_size);
+
+/** Opens the runtime's prefix store, or makes one. At most one per runtime, and one process per
+ *  path: KVTIER_BUSY names the holder. KVTIER_NO_SPACE has the figures. What was found amiss and
+ *  mended (an index that was rebuilt) goes to the logger. */
+KVTIER_API kvtier_status kvtier_store_open(kvtier_runtime* runtime,
+                                           const kvtier_store_options* options);
+/** Ends it cleanly; `kvtier_runtime_close` does so too. KVTIER_OK when none is open. */
+KVTIER_API kvtier_status kvtier_store_close(kvtier_runtime* runtime);
+
+/** Saves the whole runs of the first `count` tokens, whose ids these are, with the state of the
+ *  selectors. `*saved` (or NULL) is how many tokens those are. Runs that are stored already are
+ *  shared. `value`: larger stays longer. KVTIER_INVALID_ARGUMENT when there is no whole run or a
+ *  layer has fewer tokens. */
+KVTIER_API kvtier_status kvtier_sequence_save(kvtier_runtime* runtime, kvtier_sequence sequence,
+                                              const uint32_t* token_ids, uint32_t count,
+                                              double value, uint32_t* saved);
+/** A sequence that begins with the longest stored prefix of `token_ids`; `*tokens` is its length, 0
+ *  when nothing was found. Every block is verified; damage ends the prefix before it. */
+KVTIER_API kvtier_status kvtier_sequence_restore(kvtier_runtime* runtime,
+                                                 const uint32_t* token_ids, uint32_t count,
+                                                 kvtier_sequence* sequence, uint32_t* tokens);
+/** Gives up one save of these tokens. KVTIER_NOT_FOUND when they are not stored. */
+KVTIER_API kvtier_status kvtier_store_forget(kvtier_runtime* runtime, const uint32_t* token_ids,
+                                             uint32_t count);
+
+typedef struct kvtier_store_stats {
+  size_t struct_size;
+  uint32_t tokens_per_run;
+  uint64_t items, capacity_bytes, data_bytes, free_bytes;
+  uint64_t written_bytes, read_bytes, evicted_items, blocks_verified, blocks_corrupt;
+  uint64_t read_failures, write_failures;
+} kvtier_store_stats;
+/** KVTIER_INVALID_ARGUMENT when no store is open. */
+KVTIER_API kvtier_status kvtier_get_store_stats(kvtier_runtime* runtime, kvtier_store_stats* stats);
 
 /* ---- Statistics ----------------------------------------------------------------------------- */
 

@@ -129,6 +129,18 @@ struct ResolvedBlocks {
 };
 
 class Sequence;
+class PrefixStore;
+
+/// A sequence that begins with what a prefix store had of its tokens.
+struct RestoredSequence {
+  std::unique_ptr<Sequence> sequence;
+  /// In every layer; a multiple of a run, 0 when nothing was found.
+  std::uint32_t tokens = 0;
+  /// The selectors' states were not there, or of other options: every key was read again.
+  bool selectors_rebuilt = false;
+  /// More was found, but a run of it could not be read intact.
+  bool damaged = false;
+};
 
 /// Decodes over KV blocks that live on three tiers.
 ///
@@ -154,6 +166,18 @@ class Runtime {
   /// Starts an empty sequence. `origin` names its content: two sequences with one origin must have
   /// the same tokens. `no_space` when `sequences_max` are open, `invalid_argument` after `close`.
   Result<std::unique_ptr<Sequence>> create_sequence(Origin origin);
+
+  /// A sequence with the longest saved prefix of `token_ids`; what is behind it is appended as
+  /// usual. Every block is verified on its way; a run that cannot be had intact ends the prefix
+  /// before it. Steps answer as they would have when it was saved, but for what estimates of the
+  /// rest have been measured to be worth, which is measured anew.
+  ///
+  /// Cost: a read from the store, a checksum and (with a disk tier) a write of every extent; where
+  /// `selectors_rebuilt`, appending all tokens to the selectors once more. `origin` names what is
+  /// appended behind, as in `create_sequence`. `no_space` when the tiers cannot hold the prefix.
+  Result<RestoredSequence> restore_sequence(PrefixStore& store,
+                                            std::span<const std::uint32_t> token_ids,
+                                            Origin origin);
 
   /// Counters so far; cheap, and still there after `close`. Functions of the calls alone, but for
   /// the routes: of their counters only `submitted_bytes` is, the others follow the transfers.
@@ -271,6 +295,18 @@ class Sequence {
   /// `unsupported` for several queries that each select for themselves; otherwise fails like
   /// `step`, with `resolved->failures`. Nothing is held after a failure.
   Status resolve(const StepRequest& request, ResolvedBlocks* resolved);
+
+  /// Saves the whole runs of the first `token_ids.size()` tokens, whose ids these are, so that
+  /// `Runtime::restore_sequence` finds them, in this process or a later one, with the selectors'
+  /// states as of the last run's end. Returns how many tokens those are. Runs that the store has
+  /// already are shared. Durable, when this returns, as the store promises; the sequence goes on.
+  /// Extents that are on disk alone are read. `value`: larger stays longer.
+  ///
+  /// `invalid_argument` when there is no whole run (`PrefixStore::tokens_per_run`), or a layer has
+  /// fewer tokens; `corrupt` when a block is damaged for good; the store's errors. After a failure
+  /// nothing is visible.
+  Result<std::uint32_t> save(PrefixStore& store, std::span<const std::uint32_t> token_ids,
+                             double value = 0.0);
 
   /// What this sequence occupies. Cost: linear in its blocks.
   SequenceStats stats() const;

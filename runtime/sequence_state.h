@@ -1,6 +1,7 @@
 #pragma once
 
 #include "kernels/merge_states.h"
+#include "runtime/prefix_store.h"
 #include "runtime/rest_choice.h"
 #include "runtime/runtime_state.h"
 #include "selectors/selector.h"
@@ -42,7 +43,8 @@ struct WorkItem {
 };
 
 /// What a sequence owns. Private to runtime/; the behaviour is in sequence.cc (tokens come),
-/// truncate.cc (they are taken back), fork.cc (two sequences share them), step.cc (a step is
+/// truncate.cc (they are taken back), fork.cc (two sequences share them), saved_prefix.cc (they
+/// outlive the process), step.cc (a step is
 /// planned and concluded), waves.cc (its blocks are fetched and attended) and rest.cc (what is not
 /// attended is estimated).
 struct Sequence::State {
@@ -156,6 +158,23 @@ struct Sequence::State {
   bool must_copy(ExtentId extent) const;
   Status copy_cut_extent(const Stream& stream, BlockIndex index, bool cuts_block);
   Status bring_sinks(ExtentId copy, std::uint32_t blocks);
+
+  // saved_prefix.cc
+  /// Extents that a restore has under way at once, at most.
+  static constexpr std::size_t kRestoredAtOnce = 64;
+  Result<std::uint32_t> save(PrefixStore& store, std::span<const std::uint32_t> token_ids,
+                             double value);
+  Status save_extent(PrefixStore::Saving& saving, std::uint32_t run, const Stream& stream);
+  Status bring_intact(ExtentId extent);
+  std::vector<std::byte> save_selector_at(LayerIndex layer, std::uint32_t saved) const;
+  Status restore(PrefixStore& store, const PrefixHit& hit, RestoredSequence& restored);
+  Result<bool> restore_run(PrefixStore& store, const StoredItem& item, std::uint32_t run);
+  Status plan_reads(const StoredItem& item, std::uint32_t run, std::span<Stream> batch,
+                    std::vector<StoreExtentRead>& reads);
+  bool load_selectors(PrefixStore& store, const PrefixHit& hit);
+  Status show_again(LayerIndex layer, std::uint32_t first);
+  void copy_rows(ExtentId extent, HeadGroup head_group, std::span<std::byte> keys,
+                 std::span<std::byte> values) const;
 
   // truncate.cc
   Status truncate(std::uint32_t tokens_left);

@@ -27,32 +27,37 @@ for at in range(0, region.numel(), piece.numel()):
 print(torch.__version__, flush=True)
 best = {}
 
-def run(way, dim, group, heads, tokens, calls, first):
+def run(way, dim, group, heads, tokens, calls, first, queries, dtype):
     if way == "gqa":
-        q = torch.rand(1, heads * group, 1, dim).to(torch.float16)
+        q = torch.rand(1, heads * group, queries, dim).to(dtype)
         attend = lambda k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
     else:
-        q = torch.rand(1, heads, group, dim).to(torch.float16)
+        q = torch.rand(1, heads, group * queries, dim).to(dtype)
         attend = lambda k, v: F.scaled_dot_product_attention(q, k, v)
     size = heads * tokens * dim
-    places = region.numel() // (2 * size)
+    typed = region.view(dtype)
+    places = typed.numel() // (2 * size)
     shape = (1, heads, tokens, dim)
     begin = time.perf_counter()
     for i in range(calls):
         at = (first + i) % places * 2 * size
-        attend(region[at:at + size].view(shape), region[at + size:at + 2 * size].view(shape))
+        attend(typed[at:at + size].view(shape), typed[at + size:at + 2 * size].view(shape))
     return time.perf_counter() - begin
 
 with torch.inference_mode():
     for line in sys.stdin:
-        dim, group, heads, tokens, calls, threads, repetition = map(int, line.split())
+        numbers = list(map(int, line.split()))
+        dim, group, heads, tokens, calls, threads, repetition, queries, size = numbers
+        dtype = torch.float16 if size == 2 else torch.float32
         torch.set_num_threads(threads)
-        key = (dim, group, heads, tokens, threads)
+        key = (dim, group, heads, tokens, threads, queries, size)
         if key not in best:
             few = max(1, calls // 4)
             best[key] = min(("gqa", "rows"), key=lambda way: min(
-                run(way, dim, group, heads, tokens, few, few * i) for i in range(2)))
-        print(run(best[key], dim, group, heads, tokens, calls, repetition * calls), flush=True)
+                run(way, dim, group, heads, tokens, few, few * i, queries, dtype)
+                for i in range(2)))
+        print(run(best[key], dim, group, heads, tokens, calls, repetition * calls, queries, dtype),
+              flush=True)
 )python";
 
 struct Pipe {
@@ -121,8 +126,9 @@ std::optional<std::string> TorchPeer::read_line() {
 
 std::optional<double> TorchPeer::seconds(const TorchRequest& request) {
   const std::string line =
-      fmt::format("{} {} {} {} {} {} {}\n", request.head_dim, request.group, request.kv_heads,
-                  request.tokens, request.calls, request.threads, request.repetition);
+      fmt::format("{} {} {} {} {} {} {} {} {}\n", request.head_dim, request.group, request.kv_heads,
+                  request.tokens, request.calls, request.threads, request.repetition,
+                  request.queries, request.element_bytes);
   if (fputs(line.c_str(), requests_) < 0 || fflush(requests_) != 0) return std::nullopt;
   const std::optional<std::string> answer = read_line();
   if (!answer) return std::nullopt;

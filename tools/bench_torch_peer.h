@@ -11,7 +11,7 @@
 
 namespace kvtier {
 
-/// What is asked of PyTorch: `calls` decode steps of one query over `tokens` tokens each.
+/// What is asked of PyTorch: `calls` calls of `queries` queries over `tokens` tokens each.
 struct TorchRequest {
   std::uint32_t head_dim = 0;
   std::uint32_t group = 0;
@@ -21,6 +21,8 @@ struct TorchRequest {
   unsigned threads = 0;
   /// Which part of the peer's own region to start at, so that repetitions stay cold.
   std::size_t repetition = 0;
+  std::size_t queries = 1;        ///< Not masked.
+  std::size_t element_bytes = 2;  ///< float16, or 4: float32.
 };
 
 /// A Python process with PyTorch that is asked for one repetition at a time, so that both sides

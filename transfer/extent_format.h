@@ -52,4 +52,32 @@ class ExtentHeader {
   const BlockLayout* layout_;
 };
 
+/// What a sound header says of its extent.
+struct ExtentFacts {
+  std::uint64_t fingerprint = 0;
+  LayerIndex layer;
+  HeadGroup head_group;
+  std::uint64_t extent_bytes = 0;
+  std::uint32_t places = 0;
+  std::uint32_t blocks = 0;  ///< Places that hold one.
+  std::uint32_t blocks_corrupt = 0;
+  std::uint64_t header_digest = 0;  ///< XXH3-64 of the header's bytes.
+};
+
+/// Verifies a whole extent by what its own header says: the header, then each block against its
+/// checksum. `verdicts`, unless empty, gets one entry per place (as many as fit): kOk, kNotFound
+/// for an empty place, kCorrupt. A header that is not sound is `corrupt` and makes all of them so;
+/// one bad block is too, but the others keep their verdict. `facts` holds what was found up to
+/// there.
+///
+/// One pass over the bytes; thread-safe; allocates only to describe a failure.
+Status check_extent(std::span<const std::byte> extent, std::span<StatusCode> verdicts,
+                    ExtentFacts& facts);
+
+/// The same of the header alone, of which `extent` must hold all; `blocks_corrupt` stays 0.
+Status check_extent_header(std::span<const std::byte> extent, ExtentFacts& facts);
+
+/// Whether a page begins like an extent; says nothing about soundness.
+bool looks_like_extent(std::span<const std::byte> page);
+
 }  // namespace kvtier

@@ -19,6 +19,10 @@ std::string join(std::string reasons, const std::string& another) {
 
 Result<std::unique_ptr<File>> open_file(const FileOptions& options) {
   KVTIER_ASSIGN_OR_RETURN(ScratchFile scratch, ScratchFile::create(options));
+  return serve_file(scratch, options);
+}
+
+Result<std::unique_ptr<File>> serve_file(ScratchFile& scratch, const FileOptions& options) {
   std::string reason = join(scratch.direct_refusal(), scratch.reservation_refusal());
   // Through the page cache io_uring hands each miss to a kernel thread anyway: the pool does as
   // well and needs no permission. Who asked for buffered I/O, or for io_uring, gets the ring.

@@ -68,11 +68,12 @@ Status too_small(const FileOptions& options, std::uint64_t free) {
       fmt::format("{}: {} B wanted, {} B free", options.directory, options.bytes, free));
 }
 
-// Zero, or the error number of the first direct write or read.
-int probe_page(int descriptor) {
+// Zero, or the error number of the first direct write (where nothing can be lost) or read.
+int probe_page(int descriptor, bool may_write) {
   alignas(kPageBytes) static const std::array<std::byte, kPageBytes> kZeros{};
   alignas(kPageBytes) std::array<std::byte, kPageBytes> page;
-  if (retry_interrupted([&] { return ::pwrite(descriptor, kZeros.data(), kPageBytes, 0); }) < 0) {
+  if (may_write &&
+      retry_interrupted([&] { return ::pwrite(descriptor, kZeros.data(), kPageBytes, 0); }) < 0) {
     return errno;
   }
   if (retry_interrupted([&] { return ::pread(descriptor, page.data(), kPageBytes, 0); }) < 0) {
@@ -97,7 +98,45 @@ Result<ScratchFile> ScratchFile::create(const FileOptions& options) {
   }
   ScratchFile file(descriptor);
   KVTIER_RETURN_IF_ERROR(file.reserve(options));
-  if (options.direct) KVTIER_RETURN_IF_ERROR(file.try_direct(options));
+  if (options.direct) KVTIER_RETURN_IF_ERROR(file.try_direct(options, true));
+  return file;
+}
+
+Result<ScratchFile> ScratchFile::named(int folder, const std::string& name, Access access,
+                                       const FileOptions& options) {
+  const std::string path = fmt::format("{}/{}", options.directory, name);
+  if (access == Access::kCreate && (options.bytes == 0 || options.bytes % kPageBytes != 0)) {
+    return invalid_argument(fmt::format("{}: a file of {} B, expected a positive multiple of {}",
+                                        path, options.bytes, kPageBytes));
+  }
+  // Not blocking: the name could be that of a pipe which nobody reads.
+  const int flags = (access == Access::kRead ? O_RDONLY : O_RDWR) | O_NOFOLLOW | O_CLOEXEC |
+                    O_NONBLOCK | (access == Access::kCreate ? O_CREAT | O_EXCL : 0);
+  const int descriptor =
+      retry_interrupted([&] { return ::openat(folder, name.c_str(), flags, 0600); });
+  if (descriptor < 0) {
+    const int error = errno;
+    std::string message = fmt::format("{}: {}", path, error_text(error));
+    if (error == ENOENT) return not_found(std::move(message));
+    if (error == ELOOP) return unsupported(message + " (a symbolic link is not followed)");
+    return io_error(std::move(message));
+  }
+  ScratchFile file(descriptor);
+  struct stat found {};
+  if (::fstat(descriptor, &found) != 0) {
+    return io_error(fmt::format("{}: {}", path, error_text(errno)));
+  }
+  if (!S_ISREG(found.st_mode) || found.st_uid != ::geteuid() || found.st_nlink > 1 ||
+      (found.st_mode & 077) != 0) {
+    return unsupported(
+        fmt::format("{}: expected a plain file of this user with one name and mode 0600", path));
+  }
+  if (access == Access::kCreate) {
+    KVTIER_RETURN_IF_ERROR(file.reserve(options));
+  } else {
+    file.size_bytes_ = static_cast<std::uint64_t>(found.st_size);
+  }
+  if (options.direct) KVTIER_RETURN_IF_ERROR(file.try_direct(options, access == Access::kCreate));
   return file;
 }
 
@@ -123,7 +162,7 @@ Status ScratchFile::reserve(const FileOptions& options) {
   return {};
 }
 
-Status ScratchFile::try_direct(const FileOptions& options) {
+Status ScratchFile::try_direct(const FileOptions& options, bool may_write) {
   struct statfs found {};
   if (::fstatfs(descriptor_, &found) == 0 &&
       (found.f_type == TMPFS_MAGIC || found.f_type == RAMFS_MAGIC)) {
@@ -136,7 +175,7 @@ Status ScratchFile::try_direct(const FileOptions& options) {
   if (flags < 0 || ::fcntl(descriptor_, F_SETFL, flags | O_DIRECT) != 0) {
     error = errno;
   } else {
-    error = probe_page(descriptor_);
+    error = probe_page(descriptor_, may_write);
   }
   if (error == 0) {
     direct_ = true;
@@ -144,7 +183,7 @@ Status ScratchFile::try_direct(const FileOptions& options) {
   }
   if (error != EINVAL && error != EOPNOTSUPP) {
     return io_error(
-        fmt::format("{}: first write failed: {}", options.directory, error_text(error)));
+        fmt::format("{}: first access failed: {}", options.directory, error_text(error)));
   }
   if (flags >= 0) ::fcntl(descriptor_, F_SETFL, flags);
   direct_refusal_ = fmt::format("{} refuses direct I/O ({})", options.directory, error_text(error));

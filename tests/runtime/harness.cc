@@ -270,6 +270,18 @@ Status Harness::copy() {
   return {};
 }
 
+Result<RestoredSequence> Harness::restore(PrefixStore& store,
+                                          std::span<const std::uint32_t> token_ids) {
+  KVTIER_ASSIGN_OR_RETURN(
+      RestoredSequence restored,
+      runtime_->restore_sequence(store, token_ids, {.high = setup_.seed, .low = 42 + origins_++}));
+  branches_.push_back({.sequence = std::move(restored.sequence),
+                       .versions = std::vector<std::uint32_t>(restored.tokens, 1),
+                       .version = ++next_version_});
+  use(branches_.size() - 1);
+  return restored;
+}
+
 Status Harness::end() {
   const Status status = branch().sequence->close();
   std::swap(branches_[active_], branches_.back());

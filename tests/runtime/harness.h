@@ -1,5 +1,6 @@
 #pragma once
 
+#include "runtime/prefix_store.h"
 #include "runtime/runtime.h"
 #include "transfer/faulty_file.h"
 #include "transfer/memory_file.h"
@@ -139,6 +140,9 @@ class Harness {
   Status fork(std::uint32_t tokens);
   /// Another sequence of the same tokens as the one in use, appended one by one; in use afterwards.
   Status copy();
+  /// A sequence that begins with what the store has of `token_ids`, whose tokens are those that a
+  /// harness appends first; in use afterwards. How many were found and how.
+  Result<RestoredSequence> restore(PrefixStore& store, std::span<const std::uint32_t> token_ids);
   /// Ends the sequence in use; the last one takes its number, and the first is in use afterwards.
   Status end();
   void use(std::size_t sequence) { active_ = sequence; }

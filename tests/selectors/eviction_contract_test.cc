@@ -167,6 +167,29 @@ TEST_P(EvictionContract, WhatIsRemovedIsForgotten) {
   EXPECT_TRUE(cache.evicted().empty());
 }
 
+TEST_P(EvictionContract, WhatIsStreamedLeavesFirstUnlessItIsUsed) {
+  auto policy = make_eviction_policy(GetParam(), 8).value();
+  std::vector<std::uint16_t> held(8);
+  for (std::uint32_t place = 0; place < 5; ++place) policy->admit(place, place, Admission::kUsed);
+  for (std::uint32_t place = 5; place < 8; ++place) {
+    policy->admit(place, place, Admission::kStreamed);
+  }
+  policy->touch(6);
+  held[5] = 1;
+  EXPECT_EQ(policy->evict(held), 7u);
+  // A stream goes on in the place that it left, past what it still holds.
+  for (std::uint64_t id = 10; id < 20; ++id) {
+    policy->admit(7, id, Admission::kStreamed);
+    EXPECT_EQ(policy->evict(held), 7u);
+  }
+  held[5] = 0;
+  EXPECT_EQ(policy->evict(held), 5u);
+  const std::optional<std::uint32_t> used = policy->evict(held);
+  ASSERT_TRUE(used.has_value());
+  EXPECT_NE(*used, 6u) << "used last";
+  policy->remove(6);
+}
+
 TEST_P(EvictionContract, AllocatesNothingAfterItIsMade) {
   auto policy = make_eviction_policy(GetParam(), 64).value();
   const std::vector<std::uint16_t> held(64);

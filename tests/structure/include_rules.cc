@@ -50,7 +50,7 @@ constexpr ThirdParty kThirdParty[] = {
     {"liburing", "transfer"},
     {"CLI/", "tools"},
     {"nlohmann/", "tools"},
-    {"openssl/", "tools"},
+    {"openssl/", "transfer"},
     {"simdjson", "tools"},
     {"zstd", "tools"},
     {"gtest/", "tests"},

@@ -2,7 +2,7 @@
 
 #include "tests/tools/make_trace.h"
 #include "tests/tools/run_kvtier.h"
-#include "tools/trace/sha256.h"
+#include "transfer/sha256.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>

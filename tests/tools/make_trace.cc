@@ -1,7 +1,7 @@
 #include "tests/tools/make_trace.h"
 
 #include "memory/check.h"
-#include "tools/trace/sha256.h"
+#include "transfer/sha256.h"
 
 #include <stdlib.h>
 

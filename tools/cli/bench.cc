@@ -2,6 +2,7 @@
 
 #include "selectors/registry.h"
 #include "tools/bench_attention.h"
+#include "tools/bench_prefill.h"
 #include "tools/bench_select.h"
 #ifdef KVTIER_CUDA
 #include "tools/bench_gpu.h"
@@ -53,6 +54,30 @@ void add_attention(CLI::App& bench, ExitCode& exit_code) {
       "  kvtier bench attention --threads 1 --format json");
   verb->callback(
       [options, &exit_code] { exit_code = static_cast<ExitCode>(run_bench_attention(*options)); });
+}
+
+void add_prefill(CLI::App& bench, ExitCode& exit_code) {
+  auto options = std::make_shared<BenchPrefillOptions>();
+  CLI::App* verb = bench.add_subcommand(
+      "prefill", "Exact attention of a chunk of a prompt over resident blocks, beside PyTorch");
+  add_value(*verb, "--queries", options->queries, parse_positive, "Tokens of the chunk", "1024");
+  add_value(*verb, "--tokens", options->tokens, parse_positive, "Tokens they see, and their own",
+            "8192");
+  add_values(*verb, "--threads", options->threads, parse_positive, "Thread counts, one run each",
+             "1,2");
+  add_value(*verb, "--repetitions", options->repetitions, parse_positive,
+            "Interleaved repetitions; figures are their median", "5");
+  verb->add_option("--python", options->python,
+                   "Interpreter whose PyTorch is compared with; '' for none (default: python3)")
+      ->type_name("");
+  verb->footer(
+      "The last queries' results are compared with a plain reference; exit code 4 when one "
+      "differs.\n\n"
+      "Examples:\n"
+      "  kvtier bench prefill\n"
+      "  kvtier bench prefill --queries 256 --tokens 32768 --threads 1");
+  verb->callback(
+      [options, &exit_code] { exit_code = static_cast<ExitCode>(run_bench_prefill(*options)); });
 }
 
 Result<std::uint32_t> parse_tokens(std::string_view text) {
@@ -122,6 +147,7 @@ void add_bench(CLI::App& app, ExitCode& exit_code) {
       "  kvtier bench attention\n"
       "  kvtier bench select --help");
   add_attention(*verb, exit_code);
+  add_prefill(*verb, exit_code);
   add_select(*verb, exit_code);
 #ifdef KVTIER_CUDA
   add_gpu_bench(*verb, "gather",

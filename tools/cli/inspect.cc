@@ -6,7 +6,7 @@
 #include "tools/trace/attention_trace.h"
 #include "tools/trace/json_document.h"
 #include "tools/trace/mapped_file.h"
-#include "tools/trace/sha256.h"
+#include "transfer/sha256.h"
 
 #include <CLI/CLI.hpp>
 

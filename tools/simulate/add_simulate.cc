@@ -6,7 +6,7 @@
 #include "tools/simulate/simulation_report.h"
 #include "tools/simulate/sweep_run.h"
 #include "tools/trace/json_document.h"
-#include "tools/trace/sha256.h"
+#include "transfer/sha256.h"
 
 #include <CLI/CLI.hpp>
 #include <fmt/format.h>

@@ -1,7 +1,7 @@
 #pragma once
 
 #include "memory/status.h"
-#include "tools/trace/sha256.h"
+#include "transfer/sha256.h"
 
 #include <cstddef>
 #include <memory>

@@ -2,7 +2,7 @@
 
 #include "tools/trace/json_document.h"
 #include "tools/trace/mapped_file.h"
-#include "tools/trace/sha256.h"
+#include "transfer/sha256.h"
 
 #include <fmt/ranges.h>
 

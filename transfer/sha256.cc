@@ -1,10 +1,8 @@
-#include "tools/trace/sha256.h"
+#include "transfer/sha256.h"
 
 #include "memory/check.h"
 
 #include <openssl/evp.h>
-
-#include <array>
 
 namespace kvtier {
 
@@ -29,16 +27,21 @@ void Sha256::update(std::span<const std::byte> bytes) {
                "SHA-256 refused {} bytes", bytes.size());
 }
 
-std::string Sha256::hex() const {
+Sha256Digest Sha256::digest() const {
   Context copy;
   KVTIER_CHECK(copy.evp != nullptr && EVP_MD_CTX_copy_ex(copy.evp, context_->evp) == 1,
                "no memory for SHA-256");
-  std::array<unsigned char, EVP_MAX_MD_SIZE> digest = {};
+  Sha256Digest digest;
   unsigned int length = 0;
-  const int done = EVP_DigestFinal_ex(copy.evp, digest.data(), &length);
-  KVTIER_CHECK(done == 1 && length == 32, "SHA-256 gave {} with {} bytes", done, length);
+  const int done =
+      EVP_DigestFinal_ex(copy.evp, reinterpret_cast<unsigned char*>(digest.data()), &length);
+  KVTIER_CHECK(done == 1 && length == digest.size(), "SHA-256 gave {} with {} bytes", done, length);
+  return digest;
+}
+
+std::string Sha256::hex() const {
   std::string hex;
-  for (unsigned int i = 0; i < length; ++i) hex += fmt::format("{:02x}", digest[i]);
+  for (const std::byte byte : digest()) hex += fmt::format("{:02x}", std::to_integer<int>(byte));
   return hex;
 }
 
