@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -88,6 +89,8 @@ class Store:
         self.sequences: list[Sequence] = []
         self.exact_calls = self.selected_calls = self.stock_calls = 0
         self.attended_tokens = self.visible_tokens = 0
+        # Called after each step that selected, with the layer and its queries: for recall.
+        self.probe: Callable[[Runtime, int, torch.Tensor], None] | None = None
         self._sinks = sinks
         self._kept: np.ndarray = np.zeros((0, 0), dtype=bool)  # [rows, positions]
         self._scale = 0.0
@@ -156,6 +159,9 @@ class Store:
         self.selected_calls += 1
         self.attended_tokens += sequence._report.attended_tokens_max
         self.visible_tokens += tokens
+        if self.probe is not None:
+            assert self.runtime is not None
+            self.probe(self.runtime, layer, queries)
 
     def _budget(self, tokens: int) -> int:
         """In tokens. Never below what every step attends: sinks and window."""
