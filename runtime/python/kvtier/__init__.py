@@ -68,16 +68,16 @@ def library() -> _abi.Library:
 
 def library_version() -> str:
     """The version of the loaded library, "0.1.0"."""
-    return library().version_string().decode()  # type: ignore[attr-defined]
+    return library().version_string().decode()
 
 
 def has_feature(name: str) -> bool:
     """Whether the library has "cuda", "disk", "exact-attention", "fork", "resolve"."""
-    return bool(library().has_feature(name.encode()))  # type: ignore[attr-defined]
+    return bool(library().has_feature(name.encode()))
 
 
 @functools.lru_cache(maxsize=1)
 def selectors() -> list[dict[str, Any]]:
     """What there is to select by: name, summary, source, needs, parameters, decorates."""
     found = library()
-    return json.loads(found.text(found.list_selectors))  # type: ignore[attr-defined]
+    return json.loads(found.text(found.list_selectors))

@@ -23,6 +23,7 @@ from ctypes import (
     c_void_p,
 )
 from pathlib import Path
+from typing import Any
 
 from .errors import BY_STATUS, Internal, InvalidArgument
 
@@ -282,6 +283,9 @@ class Library:
             # Without the prefix: library.append, library.step, ...
             setattr(self, name.removeprefix("kvtier_"), function)
 
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"kvtier_{name} is not among the declarations of this module")
+
     def _check(self, status: int, function: object, arguments: object) -> None:
         if status == 0:
             return
@@ -324,7 +328,7 @@ def load() -> Library:
             "to the library"
         )
     library = Library(candidates[0])
-    number = library.version()  # type: ignore[attr-defined]
+    number = library.version()
     if (number // 10000, number // 100 % 100) != VERSION:
         raise ImportError(
             f"{library.path} is version {number // 10000}.{number // 100 % 100}, this package is "

@@ -103,7 +103,7 @@ _PLAIN = (
 def to_struct(library: _abi.Library, options: Options) -> tuple[_abi.Options, list[Any]]:
     """The C struct, and what must live as long as it is used (the logger: as the runtime)."""
     struct = _abi.Options()
-    library.options_init(ctypes.byref(struct), ctypes.sizeof(struct))  # type: ignore[attr-defined]
+    library.options_init(ctypes.byref(struct), ctypes.sizeof(struct))
     keep: list[Any] = []
     for name in _PLAIN:
         value = getattr(options, name)
@@ -140,11 +140,9 @@ def needs(options: Options) -> Needs:
 
     struct, keep = to_struct(library(), options)
     found = _abi.Needs()
-    library().runtime_needs(  # type: ignore[attr-defined]
-        ctypes.byref(struct), ctypes.byref(found)
-    )
+    library().runtime_needs(ctypes.byref(struct), ctypes.byref(found))
     del keep
-    return Needs(**{name: getattr(found, name) for name, _ in _abi.Needs._fields_[1:]})
+    return Needs(**{name: getattr(found, name) for name in Needs.__dataclass_fields__})
 
 
 def parse_capacity(name: str, capacity: Capacity, whole: int) -> tuple[int, bool]:
@@ -177,10 +175,7 @@ def with_capacities(
         device_bytes = max(device_bytes, least.device_bytes)
     host_bytes, share = parse_capacity("host_capacity", host, least.extent_bytes_total)
     if share:
-        # All of it is in memory only if the room to read into is there besides.
         host_bytes = max(host_bytes, least.host_bytes)
-        if options.disk_path is None:
-            host_bytes = max(host_bytes, min(least.extent_bytes_total, host_bytes))
     disk_bytes = 0
     if disk is not None:
         disk_bytes, _ = parse_capacity("disk_capacity", disk, least.extent_bytes_total)

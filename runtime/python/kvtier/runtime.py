@@ -23,7 +23,7 @@ from .options import Options, to_struct
 def _close(library: _abi.Library, handle: int) -> None:
     # At collection there is nobody to tell of a disk write that failed.
     try:
-        library.runtime_close(handle)  # type: ignore[attr-defined]
+        library.runtime_close(handle)
     except Exception:  # noqa: BLE001
         pass
 
@@ -39,7 +39,8 @@ class Runtime:
         struct, self._keep = to_struct(self._library, options)
         handle = ctypes.c_void_p()
         self._library.runtime_open(ctypes.byref(struct), ctypes.byref(handle))
-        self._handle = handle.value
+        assert handle.value is not None
+        self._handle: int = handle.value
         self._finalizer = weakref.finalize(self, _close, self._library, self._handle)
         self.dtype = _abi.DTYPES[options.dtype]
         self.value_dim = options.value_dim or options.head_dim
@@ -48,7 +49,6 @@ class Runtime:
     def handle(self) -> int:
         if not self._finalizer.alive:
             raise InvalidArgument("the runtime is closed")
-        assert self._handle is not None
         return self._handle
 
     def create_sequence(self) -> Sequence:

@@ -60,7 +60,8 @@ def load(path: Path) -> tuple[Any, Any]:
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    folder, more = path, {}
+    folder = path
+    more: dict[str, Any] = {}
     if path.is_file():
         folder, more = path.parent, {"gguf_file": path.name}
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **more)
@@ -95,7 +96,8 @@ class Talk:
         text = f"{opening}{question}<|im_end|>\n<|im_start|>assistant\n"
         ids = self.tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
         stop = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
-        logits, answer = self._forward(ids), []
+        logits = self._forward(ids)
+        answer: list[int] = []
         while len(answer) < ANSWER_TOKENS and int(logits.argmax()) != stop:
             answer.append(int(logits.argmax()))
             started = time.monotonic()

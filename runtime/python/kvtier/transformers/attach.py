@@ -71,7 +71,7 @@ def attach(model: Any, *, tokens_max: int | None = None, **choices: Any) -> Atta
 def cache_name(model: Any) -> str:
     """What the installed transformers calls the cache among a model's (or its class's)
     arguments."""
-    kind = model if isinstance(model, type) else type(model)
+    kind: Any = model if isinstance(model, type) else type(model)
     newer = _CACHE_NAMES[1] in inspect.signature(kind.forward).parameters
     return _CACHE_NAMES[1] if newer else _CACHE_NAMES[0]
 

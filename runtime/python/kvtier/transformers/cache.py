@@ -79,10 +79,17 @@ class TieredLayer(CacheLayerMixin):
     def get_max_cache_shape(self) -> int:
         return -1
 
-    def crop(self, amount: int) -> None:
-        raise Unsupported("tiered layers are cropped together: call crop of the cache")
+    def crop(self, *args: Any) -> None:
+        raise Unsupported("tiered layers change together: call the method of the cache")
 
-    reorder_cache = batch_repeat_interleave = batch_select_indices = crop
+    def reorder_cache(self, *args: Any) -> None:
+        self.crop()
+
+    def batch_repeat_interleave(self, *args: Any) -> None:
+        self.crop()
+
+    def batch_select_indices(self, *args: Any) -> None:
+        self.crop()
 
 
 class ExemptLayer(DynamicLayer):
