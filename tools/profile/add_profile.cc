@@ -8,8 +8,8 @@
 namespace kvtier {
 
 void add_profile(CLI::App& app, ExitCode& exit_code) {
-  CLI::App* profile =
-      app.add_subcommand("profile", "Measure a machine or a model's heads, or plan a model's memory");
+  CLI::App* profile = app.add_subcommand(
+      "profile", "Measure a machine or a model's heads, or plan a model's memory");
   profile->require_subcommand(1);
   profile->footer(
       "Examples:\n"
