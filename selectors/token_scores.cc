@@ -184,10 +184,38 @@ void TokenScores::fill_logits(const Step& step, const Piece& piece) {
   }
 }
 
+namespace {
+
+/// The logits of the groups that fill a tile, each as often as it has tokens.
+template <std::uint32_t kPerGroup>
+void repeat(const float* groups, float* logits) {
+  for (std::uint32_t g = 0; g < KeyCodes::kTileTokens / kPerGroup; ++g) {
+    for (std::uint32_t t = 0; t < kPerGroup; ++t) logits[g * kPerGroup + t] = groups[g];
+  }
+}
+
+using Repeat = void (*)(const float* groups, float* logits);
+
+/// Null where groups do not fill a tile evenly.
+Repeat repeat_for(std::uint32_t per_group) {
+  switch (per_group) {
+    case 1: return repeat<1>;
+    case 2: return repeat<2>;
+    case 4: return repeat<4>;
+    case 8: return repeat<8>;
+    case 16: return repeat<16>;
+    default: return nullptr;
+  }
+}
+
+}  // namespace
+
 /// Gives the tokens of tiles that are not scored the logit of their group.
 void TokenScores::fill_coarse(const Step& step, const Piece& piece, const std::uint8_t* tiles,
                               std::uint32_t runs) {
   const std::uint32_t per_group = step.coarse->group_tokens;
+  const Repeat whole_tile =
+      piece.first_token % KeyCodes::kTileTokens == 0 ? repeat_for(per_group) : nullptr;
   for (std::uint32_t r = 0; r < piece.rows; ++r) {
     const std::span<const float> groups =
         step.coarse->logits->row(piece.head, piece.first_row + r, step.coarse->groups);
@@ -195,6 +223,11 @@ void TokenScores::fill_coarse(const Step& step, const Piece& piece, const std::u
     for (std::uint32_t tile = 0; tile < runs * KeyCodes::kRunTiles; ++tile) {
       if ((tiles[tile / KeyCodes::kRunTiles] >> tile % KeyCodes::kRunTiles) & 1) continue;
       const std::uint32_t end = (tile + 1) * KeyCodes::kTileTokens;
+      if (whole_tile != nullptr && (piece.first_token + end) / per_group <= groups.size()) {
+        const std::uint32_t first = end - KeyCodes::kTileTokens;
+        whole_tile(groups.data() + (piece.first_token + first) / per_group, logits + first);
+        continue;
+      }
       for (std::uint32_t t = tile * KeyCodes::kTileTokens; t < end;) {
         const std::uint32_t group = (piece.first_token + t) / per_group;
         const std::uint32_t next = std::min(end, (group + 1) * per_group - piece.first_token);
