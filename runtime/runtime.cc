@@ -42,6 +42,19 @@ std::uint64_t held_slots_per_stream(const RuntimeOptions& options, const BlockLa
   return std::min<std::uint64_t>(held, ceil_divide(options.tokens_max, tokens));
 }
 
+// Sizes of which the sums below could overflow are beyond every machine.
+Status check_sizes(const RuntimeOptions& options, const BlockLayout& layout) {
+  constexpr double kBytesMax = 0x1p60;
+  const double streams = double{1} * options.sequences_max * options.layers * layout.head_groups();
+  const double tokens = double{1} * std::max(options.tokens_max, options.sinks);
+  const double extents = tokens / layout.tokens_per_extent() + 4;
+  if (streams * extents * static_cast<double>(layout.extent_bytes()) <= kBytesMax) return {};
+  return invalid_argument(fmt::format(
+      "layers is {}, sequences_max {}, tokens_max {} and sinks {}, which together are more than "
+      "2^60 bytes",
+      options.layers, options.sequences_max, options.tokens_max, options.sinks));
+}
+
 std::uint64_t count_streams(const RuntimeOptions& options, const BlockLayout& layout) {
   return std::uint64_t{options.sequences_max} * options.layers * layout.head_groups();
 }
@@ -75,6 +88,7 @@ RuntimeNeeds compute_needs(const RuntimeOptions& options, const BlockLayout& lay
 }
 
 Status check_capacities(const RuntimeOptions& options, const BlockLayout& layout) {
+  KVTIER_RETURN_IF_ERROR(check_sizes(options, layout));
   const RuntimeNeeds needs = compute_needs(options, layout);
   if (options.device_capacity_bytes < needs.device_bytes) {
     return invalid_argument(fmt::format(
@@ -118,6 +132,7 @@ SelectorShape make_selector_shape(const RuntimeOptions& options) {
 Result<RuntimeNeeds> Runtime::needs(const RuntimeOptions& options) {
   KVTIER_RETURN_IF_ERROR(check_options(options));
   KVTIER_ASSIGN_OR_RETURN(const BlockLayout layout, BlockLayout::make(options.block));
+  KVTIER_RETURN_IF_ERROR(check_sizes(options, layout));
   return compute_needs(options, layout);
 }
 

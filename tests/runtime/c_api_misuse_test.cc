@@ -86,6 +86,24 @@ TEST(CApiMisuse, AbsurdSizesAreRefused) {
   }
 }
 
+// Sizes each possible by itself, of which the product wraps around to almost nothing.
+TEST(CApiMisuse, SizesWhoseProductOverflowsAreRefused) {
+  kvtier_options options = small_options();
+  options.kv_heads = 4;
+  options.layers = 1u << 31;
+  options.sequences_max = 1u << 31;
+  kvtier_needs needs{};
+  needs.struct_size = sizeof needs;
+  EXPECT_EQ(kvtier_runtime_needs(&options, &needs), kInvalid);
+  EXPECT_THAT(kvtier_last_error(), HasSubstr("layers is 2147483648"));
+  EXPECT_EQ(refused_open(options), kInvalid);
+  options = small_options();
+  options.tokens_max = UINT32_MAX;
+  options.sinks = UINT32_MAX;
+  options.sequences_max = UINT32_MAX;
+  EXPECT_EQ(refused_open(options), kInvalid);
+}
+
 TEST(CApiMisuse, TooSmallACapacitySaysHowMuchWouldDo) {
   kvtier_options options = small_options();
   kvtier_needs needs = {};
