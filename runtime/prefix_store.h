@@ -111,6 +111,11 @@ class PrefixStore {
   /// continues are dropped, from the end. `not_found` when it is not stored.
   Status forget(std::span<const std::uint32_t> tokens);
 
+  /// Drops one run of a hit whose extents could not be read as they were written, so that whoever
+  /// saves it next writes it anew. The hit is let go of: what is held is not dropped. As
+  /// `Store::erase`.
+  Status drop_damaged(PrefixHit hit, std::uint32_t run);
+
   /// Reads and verifies extents of a hit; see `Store::read`.
   void read(std::span<StoreExtentRead> reads) { store_->read(reads); }
   /// `not_found` when the run has no metadata under that tag.

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstring>
 #include <optional>
 #include <utility>
@@ -33,7 +34,11 @@ struct Blob {
 Result<std::uint32_t> Sequence::save(PrefixStore& store, std::span<const std::uint32_t> token_ids,
                                      double value) {
   State& s = *state_;
+  s.runtime.begin_call();
   if (s.closed) return invalid_argument(fmt::format("sequence {} is closed", s.id.value));
+  if (!std::isfinite(value)) {
+    return invalid_argument(fmt::format("value is {}, expected a finite number", value));
+  }
   if (store.layout().fingerprint() != s.runtime.layout.fingerprint()) {
     return invalid_argument("the prefix store was made for another layout than the runtime's");
   }
@@ -131,14 +136,16 @@ Result<RestoredSequence> Runtime::restore_sequence(PrefixStore& store,
                                                    std::span<const std::uint32_t> token_ids,
                                                    Origin origin) {
   State& runtime = *state_;
+  runtime.begin_call();
   if (store.layout().fingerprint() != runtime.layout.fingerprint()) {
     return invalid_argument("the prefix store was made for another layout than the runtime's");
   }
   KVTIER_RETURN_IF_ERROR(runtime.check_room());
-  const PrefixHit hit = store.lookup(
+  PrefixHit hit = store.lookup(
       token_ids.first(std::min<std::size_t>(token_ids.size(), runtime.options.tokens_max)));
-  KVTIER_ASSIGN_OR_RETURN(auto state,
-                          Sequence::State::make(runtime, runtime.add_sequence(), origin));
+  KVTIER_ASSIGN_OR_RETURN(
+      auto state, Sequence::State::make(runtime, SequenceId{runtime.sequences_made}, origin));
+  (void)runtime.add_sequence();
   RestoredSequence restored;
   Status status = state->restore(store, hit, restored);
   if (!status.ok()) {
@@ -146,6 +153,10 @@ Result<RestoredSequence> Runtime::restore_sequence(PrefixStore& store,
     return status;
   }
   restored.tokens = state->tokens.front();
+  if (restored.damaged) {
+    // A store for reading keeps it; so does one whose drive takes no more.
+    (void)store.drop_damaged(std::move(hit), restored.tokens / store.tokens_per_run());
+  }
   restored.sequence.reset(new Sequence(std::move(state)));
   return restored;
 }

@@ -10,7 +10,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <filesystem>
 #include <string>
 #include <thread>
 #include <vector>
@@ -497,58 +496,6 @@ TEST(CApi, ResolvedSlotsHoldWhatAStepAttends) {
     EXPECT_LE(count, 40u);
     EXPECT_GE(count, 37u);
   }
-}
-
-TEST(CApi, PrefixesAreThereForALaterRuntime) {
-  std::string path = testing::TempDir() + "/kvtier-c-api-XXXXXX";
-  path = mkdtemp(path.data());
-  kvtier_store_options store;
-  KVTIER_STORE_OPTIONS_INIT(&store);
-  const std::string folder = path + "/store";
-  store.path = folder.c_str();
-  store.model = "a model";
-  store.capacity_bytes = 16 << 20;
-  store.free_bytes_min = 0;
-  std::vector<uint32_t> ids(300);
-  for (uint32_t i = 0; i < ids.size(); ++i) ids[i] = i * 7;
-  const auto queries = make_queries(1);
-  uint32_t saved = 0;
-  {
-    const Engine engine(small_options());
-    kvtier_sequence sequence = 0;
-    ASSERT_EQ(kvtier_sequence_create(engine.get(), &sequence), KVTIER_OK);
-    append_all(engine.get(), sequence, 0, 300);
-    EXPECT_EQ(kvtier_sequence_save(engine.get(), sequence, ids.data(), 300, 0, &saved),
-              KVTIER_INVALID_ARGUMENT);
-    EXPECT_THAT(kvtier_last_error(), HasSubstr("no store"));
-    ASSERT_EQ(kvtier_store_open(engine.get(), &store), KVTIER_OK) << kvtier_last_error();
-    EXPECT_EQ(kvtier_store_open(engine.get(), &store), KVTIER_BUSY);
-    ASSERT_EQ(kvtier_sequence_save(engine.get(), sequence, ids.data(), 300, 0, &saved), KVTIER_OK)
-        << kvtier_last_error();
-    EXPECT_GT(saved, 0u);
-    // One process, or runtime, per path.
-    const Engine other(small_options());
-    EXPECT_EQ(kvtier_store_open(other.get(), &store), KVTIER_BUSY);
-  }
-  const Engine engine(small_options());
-  ASSERT_EQ(kvtier_store_open(engine.get(), &store), KVTIER_OK) << kvtier_last_error();
-  kvtier_sequence sequence = 0;
-  uint32_t tokens = 0;
-  ASSERT_EQ(kvtier_sequence_restore(engine.get(), ids.data(), 300, &sequence, &tokens), KVTIER_OK)
-      << kvtier_last_error();
-  EXPECT_EQ(tokens, saved);
-  expect_near(ask(kvtier_attend_exact, engine, sequence, 1, queries, 0).out,
-              reference(1, tokens, queries));
-  kvtier_store_stats stats{};
-  stats.struct_size = sizeof(stats);
-  ASSERT_EQ(kvtier_get_store_stats(engine.get(), &stats), KVTIER_OK);
-  EXPECT_GT(stats.blocks_verified, 0u);
-  EXPECT_EQ(saved % stats.tokens_per_run, 0u);
-  EXPECT_EQ(kvtier_store_forget(engine.get(), ids.data(), saved), KVTIER_OK);
-  EXPECT_EQ(kvtier_store_forget(engine.get(), ids.data(), saved), KVTIER_NOT_FOUND);
-  EXPECT_EQ(kvtier_store_close(engine.get()), KVTIER_OK);
-  EXPECT_EQ(kvtier_store_close(engine.get()), KVTIER_OK);
-  std::filesystem::remove_all(path);
 }
 
 TEST(CApi, StatisticsAndTimelines) {
