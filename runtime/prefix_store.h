@@ -78,6 +78,10 @@ class PrefixStore {
     /// Kept until `commit`; the bytes must live until then. Metadata of runs that are stored
     /// already is left out: it is there.
     Status add_metadata(const PrefixMetadata& metadata);
+    /// Bytes that so many pieces of metadata of one run may have together.
+    std::uint64_t metadata_bytes_max(std::uint32_t pieces) const {
+      return Store::blob_bytes_max(extents_per_run_, pieces + 1);
+    }
     /// Makes all of it visible at once, durable to the store's level, and counts one more reference
     /// to the prefix. Runs that were not written whole are an `invalid_argument`.
     Status commit(double value);

@@ -302,7 +302,8 @@ class Sequence {
   /// states as of the last run's end. Returns how many tokens those are. Runs that the store has
   /// already are shared. Durable, when this returns, as the store promises; the sequence goes on.
   /// Extents that are on disk alone are read. `value`, a finite number: larger stays longer; runs
-  /// that the store has already keep theirs.
+  /// that the store has already keep theirs. Selectors' states of more than some GiB together are
+  /// left out: a restore then shows the selectors every key again.
   ///
   /// `invalid_argument` when there is no whole run (`PrefixStore::tokens_per_run`), or a layer has
   /// fewer tokens; `corrupt` when a block is damaged for good; the store's errors. After a failure

@@ -65,9 +65,15 @@ Result<std::uint32_t> Sequence::State::save(PrefixStore& store,
   }
   std::vector<Blob> blobs;
   if (!missing.empty() && missing.back() == runs - 1) {
-    for (std::uint32_t layer = 0; layer < selectors.size(); ++layer) {
+    const auto layers = static_cast<std::uint32_t>(selectors.size());
+    const std::uint64_t bytes_max = saving.metadata_bytes_max(layers + 1);
+    std::uint64_t bytes = saved;  // For the marks.
+    for (std::uint32_t layer = 0; layer < layers && bytes <= bytes_max; ++layer) {
       blobs.push_back({kFirstSelectorTag + layer, save_selector_at(LayerIndex{layer}, saved)});
+      bytes += blobs.back().bytes.size();
     }
+    // Of a prefix so long that one run cannot carry its selectors, the keys are read again.
+    if (bytes > bytes_max) blobs.clear();
     if (!marks.empty()) {
       const auto bytes = std::as_bytes(std::span(marks).first(saved));
       blobs.push_back({kMarksTag, {bytes.begin(), bytes.end()}});
