@@ -301,7 +301,14 @@ kvtier_status kvtier_runtime_open(const kvtier_options* options, kvtier_runtime*
     kvtier_options given = default_options();
     KVTIER_RETURN_IF_ERROR(read_struct(options, "options", given));
     auto opened = std::make_unique<kvtier_runtime>();
-    const Status status = open(given, *opened);
+    Status status;
+    try {
+      status = open(given, *opened);
+    } catch (...) {
+      // Memory has run out: what was opened so far wants to be closed all the same.
+      static_cast<void>(close(*opened).ok());
+      throw;
+    }
     if (!status.ok()) {
       // The first failure is what the caller should hear.
       static_cast<void>(close(*opened).ok());

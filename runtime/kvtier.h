@@ -62,7 +62,7 @@ typedef enum kvtier_status {
   KVTIER_UNSUPPORTED = 7,
   KVTIER_INVALID_ARGUMENT = 8, /**< The message names the argument and what would be accepted. */
   KVTIER_INTERNAL =
-      9 /**< No memory, or a defect of this library: the runtime can only be closed. */
+      9 /**< No memory, or a defect of this library: the runtime is lost, and its memory with it. */
 } kvtier_status;
 
 /** "ok", "no_space", ... Lives for ever. */
@@ -199,7 +199,8 @@ KVTIER_API kvtier_status kvtier_runtime_open(const kvtier_options* options,
                                              kvtier_runtime** runtime);
 /** Frees all sequences, ends all transfers, frees the runtime whatever it returns: the first disk
  *  write that failed and could not be mended, say. Not while another call is under way, then
- *  KVTIER_BUSY and nothing is freed. NULL is KVTIER_OK. */
+ *  KVTIER_BUSY and nothing is freed; nor after a call that returned KVTIER_INTERNAL, which leaves
+ *  nothing that could be freed safely. NULL is KVTIER_OK. */
 KVTIER_API kvtier_status kvtier_runtime_close(kvtier_runtime* runtime);
 
 /* ---- Sequences ------------------------------------------------------------------------------ */
@@ -384,13 +385,14 @@ KVTIER_API kvtier_status kvtier_store_close(kvtier_runtime* runtime);
 
 /** Saves the whole runs of the first `count` tokens, whose ids these are, with the state of the
  *  selectors. `*saved` (or NULL) is how many tokens those are. Runs that are stored already are
- *  shared. `value`: larger stays longer. KVTIER_INVALID_ARGUMENT when there is no whole run or a
- *  layer has fewer tokens. */
+ *  shared and keep their value. `value`, a finite number: larger stays longer.
+ *  KVTIER_INVALID_ARGUMENT when there is no whole run or a layer has fewer tokens. */
 KVTIER_API kvtier_status kvtier_sequence_save(kvtier_runtime* runtime, kvtier_sequence sequence,
                                               const uint32_t* token_ids, uint32_t count,
                                               double value, uint32_t* saved);
 /** A sequence that begins with the longest stored prefix of `token_ids`; `*tokens` is its length, 0
- *  when nothing was found. Every block is verified; damage ends the prefix before it. */
+ *  when nothing was found. Every block is verified; damage ends the prefix before it and is dropped
+ *  from the store, so that the next save writes it anew. */
 KVTIER_API kvtier_status kvtier_sequence_restore(kvtier_runtime* runtime, const uint32_t* token_ids,
                                                  uint32_t count, kvtier_sequence* sequence,
                                                  uint32_t* tokens);

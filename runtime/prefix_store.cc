@@ -186,6 +186,15 @@ Status PrefixStore::forget(std::span<const std::uint32_t> tokens) {
   return store_->drop_reference(keys.back());
 }
 
+Status PrefixStore::drop_damaged(PrefixHit hit, std::uint32_t run) {
+  if (run >= hit.runs.size()) {
+    return not_found(fmt::format("run {} of a prefix of {}", run, hit.runs.size()));
+  }
+  const StoreKey key = hit.runs[run].key();
+  hit.runs.clear();
+  return store_->erase(key);
+}
+
 Result<std::vector<std::byte>> PrefixStore::read_metadata(const PrefixHit& hit, std::uint32_t run,
                                                           std::uint32_t tag) {
   if (run >= hit.runs.size()) {

@@ -78,6 +78,10 @@ class PrefixStore {
     /// Kept until `commit`; the bytes must live until then. Metadata of runs that are stored
     /// already is left out: it is there.
     Status add_metadata(const PrefixMetadata& metadata);
+    /// Bytes that so many pieces of metadata of one run may have together.
+    std::uint64_t metadata_bytes_max(std::uint32_t pieces) const {
+      return Store::blob_bytes_max(extents_per_run_, pieces + 1);
+    }
     /// Makes all of it visible at once, durable to the store's level, and counts one more reference
     /// to the prefix. Runs that were not written whole are an `invalid_argument`.
     Status commit(double value);
@@ -110,6 +114,11 @@ class PrefixStore {
   /// Drops one reference to the prefix of these whole runs; runs that nothing else refers to or
   /// continues are dropped, from the end. `not_found` when it is not stored.
   Status forget(std::span<const std::uint32_t> tokens);
+
+  /// Drops one run of a hit whose extents could not be read as they were written, so that whoever
+  /// saves it next writes it anew. The hit is let go of: what is held is not dropped. As
+  /// `Store::erase`.
+  Status drop_damaged(PrefixHit hit, std::uint32_t run);
 
   /// Reads and verifies extents of a hit; see `Store::read`.
   void read(std::span<StoreExtentRead> reads) { store_->read(reads); }

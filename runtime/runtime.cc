@@ -42,6 +42,19 @@ std::uint64_t held_slots_per_stream(const RuntimeOptions& options, const BlockLa
   return std::min<std::uint64_t>(held, ceil_divide(options.tokens_max, tokens));
 }
 
+// Sizes of which the sums below could overflow are beyond every machine.
+Status check_sizes(const RuntimeOptions& options, const BlockLayout& layout) {
+  constexpr double kBytesMax = 0x1p60;
+  const double streams = double{1} * options.sequences_max * options.layers * layout.head_groups();
+  const double tokens = double{1} * std::max(options.tokens_max, options.sinks);
+  const double extents = tokens / layout.tokens_per_extent() + 4;
+  if (streams * extents * static_cast<double>(layout.extent_bytes()) <= kBytesMax) return {};
+  return invalid_argument(fmt::format(
+      "layers is {}, sequences_max {}, tokens_max {} and sinks {}, which together are more than "
+      "2^60 bytes",
+      options.layers, options.sequences_max, options.tokens_max, options.sinks));
+}
+
 std::uint64_t count_streams(const RuntimeOptions& options, const BlockLayout& layout) {
   return std::uint64_t{options.sequences_max} * options.layers * layout.head_groups();
 }
@@ -75,6 +88,7 @@ RuntimeNeeds compute_needs(const RuntimeOptions& options, const BlockLayout& lay
 }
 
 Status check_capacities(const RuntimeOptions& options, const BlockLayout& layout) {
+  KVTIER_RETURN_IF_ERROR(check_sizes(options, layout));
   const RuntimeNeeds needs = compute_needs(options, layout);
   if (options.device_capacity_bytes < needs.device_bytes) {
     return invalid_argument(fmt::format(
@@ -111,6 +125,22 @@ SelectorShape make_selector_shape(const RuntimeOptions& options) {
           .tokens_max = options.tokens_max};
 }
 
+// Ends an engine that has no runtime yet, also when what it is for cannot be made because memory
+// has run out: an engine checks that it was closed.
+class EngineEnd {
+ public:
+  explicit EngineEnd(TransferEngine& engine) : engine_(&engine) {}
+  ~EngineEnd() {
+    if (engine_ != nullptr) (void)engine_->close();  // Nothing was submitted.
+  }
+  EngineEnd(const EngineEnd&) = delete;
+  EngineEnd& operator=(const EngineEnd&) = delete;
+  void is_not_yet() { engine_ = nullptr; }
+
+ private:
+  TransferEngine* engine_;
+};
+
 }  // namespace
 
 // --- Opening.
@@ -118,6 +148,7 @@ SelectorShape make_selector_shape(const RuntimeOptions& options) {
 Result<RuntimeNeeds> Runtime::needs(const RuntimeOptions& options) {
   KVTIER_RETURN_IF_ERROR(check_options(options));
   KVTIER_ASSIGN_OR_RETURN(const BlockLayout layout, BlockLayout::make(options.block));
+  KVTIER_RETURN_IF_ERROR(check_sizes(options, layout));
   return compute_needs(options, layout);
 }
 
@@ -146,53 +177,62 @@ Result<std::unique_ptr<Runtime>> Runtime::open(const RuntimeOptions& given,
   KVTIER_ASSIGN_OR_RETURN(Region slab, environment.device->allocate_slab(slab_bytes));
   KVTIER_ASSIGN_OR_RETURN(Region frames, environment.device->allocate_frames(frame_bytes));
 
-  const RuntimeNeeds needs = compute_needs(options, layout);
-  const auto slots = static_cast<std::uint32_t>(slab_bytes / layout.block_bytes());
-  const auto frame_count = static_cast<std::uint32_t>(frame_bytes / layout.extent_bytes());
-  KVTIER_ASSIGN_OR_RETURN(auto slot_policy, make_eviction_policy(options.eviction, slots));
-  KVTIER_ASSIGN_OR_RETURN(auto frame_policy, make_eviction_policy(options.eviction, frame_count));
-
   if (places > 0) {
     const std::span<std::byte> range = frames.bytes();
     KVTIER_RETURN_IF_ERROR(environment.disk->register_buffers({&range, 1}));
   }
-  TransferEngine::Options engine_options;
-  engine_options.max_transfers = 2 * frame_count + 64;
-  engine_options.threads = options.transfer_threads;
-  engine_options.timeline = environment.timeline;
-  KVTIER_ASSIGN_OR_RETURN(
-      auto engine, TransferEngine::open(engine_options, *environment.clock,
-                                        places > 0 ? environment.disk : nullptr, environment.link));
-
   auto state = std::make_unique<State>(State{.options = options,
                                              .environment = environment,
                                              .layout = layout,
                                              .selector_shape = make_selector_shape(options),
                                              .slab = std::move(slab),
                                              .frames = std::move(frames),
-                                             .engine = std::move(engine)});
-  State& s = *state;
-  s.table = std::make_unique<BlockTable>(
-      layout, s.frames.bytes(), static_cast<std::uint32_t>(places), std::move(frame_policy));
+                                             .engine = nullptr});
+  TransferEngine::Options engine_options;
+  engine_options.max_transfers =
+      2 * static_cast<std::uint32_t>(frame_bytes / layout.extent_bytes()) + 64;
+  engine_options.threads = options.transfer_threads;
+  engine_options.timeline = environment.timeline;
+  KVTIER_ASSIGN_OR_RETURN(
+      state->engine,
+      TransferEngine::open(engine_options, *environment.clock,
+                           places > 0 ? environment.disk : nullptr, environment.link));
+  EngineEnd end(*state->engine);
+  KVTIER_RETURN_IF_ERROR(state->make_parts());
+  std::unique_ptr<Runtime> runtime(new Runtime(std::move(state)));
+  end.is_not_yet();
+  return runtime;
+}
+
+// What moves blocks between the memory that is there and the engine.
+Status Runtime::State::make_parts() {
+  const RuntimeNeeds needs = compute_needs(options, layout);
+  const auto slots = static_cast<std::uint32_t>(slab.bytes().size() / layout.block_bytes());
+  const auto frame_count =
+      static_cast<std::uint32_t>(frames.bytes().size() / layout.extent_bytes());
+  const std::uint64_t places = options.disk_capacity_bytes / layout.extent_bytes();
+  KVTIER_ASSIGN_OR_RETURN(auto slot_policy, make_eviction_policy(options.eviction, slots));
+  KVTIER_ASSIGN_OR_RETURN(auto frame_policy, make_eviction_policy(options.eviction, frame_count));
+  table = std::make_unique<BlockTable>(layout, frames.bytes(), static_cast<std::uint32_t>(places),
+                                       std::move(frame_policy));
   const std::uint64_t blocks = (frame_count + places) * layout.blocks_per_extent();
-  s.map = std::make_unique<DeviceMap>(layout, s.slab.bytes(), blocks, std::move(slot_policy));
-  s.host = std::make_unique<HostTier>(HostTier::Parts{
-      &s.layout, s.table.get(), s.map.get(), s.engine.get(), options.verify, &s.counters,
+  map = std::make_unique<DeviceMap>(layout, slab.bytes(), blocks, std::move(slot_policy));
+  host = std::make_unique<HostTier>(HostTier::Parts{
+      &layout, table.get(), map.get(), engine.get(), options.verify, &counters,
       places > 0 ? static_cast<std::uint32_t>(reading_frames(options, layout)) : 0});
   const std::uint64_t spoken_for = needs.device_bytes / layout.block_bytes();
-  s.outliers_held_max =
+  outliers_held_max =
       static_cast<std::uint32_t>(slots - std::min<std::uint64_t>(slots, spoken_for));
-  s.look_ahead = std::make_unique<LookAhead>(
-      LookAhead::Parts{&s.layout, s.table.get(), s.map.get(), s.host.get(), &s.counters},
+  look_ahead = std::make_unique<LookAhead>(
+      LookAhead::Parts{&layout, table.get(), map.get(), host.get(), &counters},
       LookAhead::Limits{.bytes_per_step = places > 0 ? options.look_ahead_bytes : 0,
                         .steps_ahead = options.layers});
-  for (auto& wave : s.waves) {
-    wave = std::make_unique<WaveFetch>(
-        WaveFetch::Parts{&s.layout, s.table.get(), s.map.get(), s.host.get(), s.engine.get(),
-                         options.verify, &s.counters},
-        slots);
+  for (auto& wave : waves) {
+    wave = std::make_unique<WaveFetch>(WaveFetch::Parts{&layout, table.get(), map.get(), host.get(),
+                                                        engine.get(), options.verify, &counters},
+                                       slots);
   }
-  return std::unique_ptr<Runtime>(new Runtime(std::move(state)));
+  return {};
 }
 
 Runtime::Runtime(std::unique_ptr<State> state) : state_(std::move(state)) {}

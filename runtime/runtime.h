@@ -138,7 +138,8 @@ struct RestoredSequence {
   std::uint32_t tokens = 0;
   /// The selectors' states were not there, or of other options: every key was read again.
   bool selectors_rebuilt = false;
-  /// More was found, but a run of it could not be read intact.
+  /// More was found, but a run of it could not be read intact. It was dropped from the store, so
+  /// that saving the tokens again writes it anew.
   bool damaged = false;
 };
 
@@ -300,7 +301,9 @@ class Sequence {
   /// `Runtime::restore_sequence` finds them, in this process or a later one, with the selectors'
   /// states as of the last run's end. Returns how many tokens those are. Runs that the store has
   /// already are shared. Durable, when this returns, as the store promises; the sequence goes on.
-  /// Extents that are on disk alone are read. `value`: larger stays longer.
+  /// Extents that are on disk alone are read. `value`, a finite number: larger stays longer; runs
+  /// that the store has already keep theirs. Selectors' states of more than some GiB together are
+  /// left out: a restore then shows the selectors every key again.
   ///
   /// `invalid_argument` when there is no whole run (`PrefixStore::tokens_per_run`), or a layer has
   /// fewer tokens; `corrupt` when a block is damaged for good; the store's errors. After a failure

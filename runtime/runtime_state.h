@@ -61,6 +61,8 @@ struct Runtime::State {
   /// Query heads that share one selection.
   std::uint32_t heads_per_group() const { return options.query_heads / layout.head_groups(); }
   std::uint32_t blocks_per_chunk() const { return kvtier::blocks_per_chunk(layout); }
+  /// Tables, map, host tier and waves, once the engine is there.
+  Status make_parts();
   /// Whether one sequence more may be open, and that it is.
   Status check_room() const;
   SequenceId add_sequence();

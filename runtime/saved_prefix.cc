@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstring>
 #include <optional>
 #include <utility>
@@ -33,7 +34,11 @@ struct Blob {
 Result<std::uint32_t> Sequence::save(PrefixStore& store, std::span<const std::uint32_t> token_ids,
                                      double value) {
   State& s = *state_;
+  s.runtime.begin_call();
   if (s.closed) return invalid_argument(fmt::format("sequence {} is closed", s.id.value));
+  if (!std::isfinite(value)) {
+    return invalid_argument(fmt::format("value is {}, expected a finite number", value));
+  }
   if (store.layout().fingerprint() != s.runtime.layout.fingerprint()) {
     return invalid_argument("the prefix store was made for another layout than the runtime's");
   }
@@ -60,9 +65,15 @@ Result<std::uint32_t> Sequence::State::save(PrefixStore& store,
   }
   std::vector<Blob> blobs;
   if (!missing.empty() && missing.back() == runs - 1) {
-    for (std::uint32_t layer = 0; layer < selectors.size(); ++layer) {
+    const auto layers = static_cast<std::uint32_t>(selectors.size());
+    const std::uint64_t bytes_max = saving.metadata_bytes_max(layers + 1);
+    std::uint64_t bytes = saved;  // For the marks.
+    for (std::uint32_t layer = 0; layer < layers && bytes <= bytes_max; ++layer) {
       blobs.push_back({kFirstSelectorTag + layer, save_selector_at(LayerIndex{layer}, saved)});
+      bytes += blobs.back().bytes.size();
     }
+    // Of a prefix so long that one run cannot carry its selectors, the keys are read again.
+    if (bytes > bytes_max) blobs.clear();
     if (!marks.empty()) {
       const auto bytes = std::as_bytes(std::span(marks).first(saved));
       blobs.push_back({kMarksTag, {bytes.begin(), bytes.end()}});
@@ -131,14 +142,16 @@ Result<RestoredSequence> Runtime::restore_sequence(PrefixStore& store,
                                                    std::span<const std::uint32_t> token_ids,
                                                    Origin origin) {
   State& runtime = *state_;
+  runtime.begin_call();
   if (store.layout().fingerprint() != runtime.layout.fingerprint()) {
     return invalid_argument("the prefix store was made for another layout than the runtime's");
   }
   KVTIER_RETURN_IF_ERROR(runtime.check_room());
-  const PrefixHit hit = store.lookup(
+  PrefixHit hit = store.lookup(
       token_ids.first(std::min<std::size_t>(token_ids.size(), runtime.options.tokens_max)));
-  KVTIER_ASSIGN_OR_RETURN(auto state,
-                          Sequence::State::make(runtime, runtime.add_sequence(), origin));
+  KVTIER_ASSIGN_OR_RETURN(
+      auto state, Sequence::State::make(runtime, SequenceId{runtime.sequences_made}, origin));
+  (void)runtime.add_sequence();
   RestoredSequence restored;
   Status status = state->restore(store, hit, restored);
   if (!status.ok()) {
@@ -146,6 +159,10 @@ Result<RestoredSequence> Runtime::restore_sequence(PrefixStore& store,
     return status;
   }
   restored.tokens = state->tokens.front();
+  if (restored.damaged) {
+    // A store for reading keeps it; so does one whose drive takes no more.
+    (void)store.drop_damaged(std::move(hit), restored.tokens / store.tokens_per_run());
+  }
   restored.sequence.reset(new Sequence(std::move(state)));
   return restored;
 }

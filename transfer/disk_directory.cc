@@ -41,12 +41,15 @@ std::string host_name() {
   return name.data();
 }
 
+Status make_folder(const std::string& path) {
+  if (::mkdir(path.c_str(), 0700) == 0 || errno == EEXIST) return {};
+  const int error = errno;
+  std::string message = fmt::format("{}: cannot make the folder: {}", path, error_text(error));
+  return error == ENOENT ? not_found(std::move(message)) : io_error(std::move(message));
+}
+
 Result<Descriptor> open_folder(const std::string& path, bool create) {
-  if (create && ::mkdir(path.c_str(), 0700) != 0 && errno != EEXIST) {
-    const int error = errno;
-    std::string message = fmt::format("{}: cannot make the folder: {}", path, error_text(error));
-    return error == ENOENT ? not_found(std::move(message)) : io_error(std::move(message));
-  }
+  if (create) KVTIER_RETURN_IF_ERROR(make_folder(path));
   Descriptor folder(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC));
   if (folder.number() < 0) {
     const int error = errno;
@@ -252,6 +255,7 @@ Result<std::unique_ptr<StoreDirectory>> open_disk_directory(const std::string& p
 
 Result<std::unique_ptr<StoreDirectory>> open_nameless_directory(
     const std::string& path, const DiskDirectoryOptions& options) {
+  if (options.create) KVTIER_RETURN_IF_ERROR(make_folder(path));
   return std::unique_ptr<StoreDirectory>(new NamelessDirectory(path, options));
 }
 

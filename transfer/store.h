@@ -208,6 +208,10 @@ class Store {
   };
   Status commit(std::span<const Commit> commits);
 
+  /// What so many blobs of an item with so many extents may have together; more is `unsupported`
+  /// at commit.
+  static std::uint64_t blob_bytes_max(std::uint32_t extents, std::uint32_t blobs);
+
   // --- Reading.
 
   bool contains(const StoreKey& key) const;

@@ -4,6 +4,7 @@
 #include "transfer/store_state.h"
 
 #include <algorithm>
+#include <cmath>
 
 namespace kvtier {
 
@@ -65,6 +66,7 @@ Status Store::State::evict(std::uint64_t units_wanted) {
 }
 
 Status Store::set_value(const StoreKey& key, double value) {
+  if (std::isnan(value)) return invalid_argument("an item of which the value is NaN");
   if (!contains(key)) return not_found(fmt::format("item {}", key.short_text()));
   const std::uint32_t index = state_->by_key.at(key);
   state_->unrank(index);
@@ -91,9 +93,14 @@ Status Store::drop_reference(const StoreKey& key) {
   KVTIER_RETURN_IF_ERROR(state.check_writable());
   if (!contains(key)) return not_found(fmt::format("item {}", key.short_text()));
   std::uint32_t index = state.by_key.at(key);
-  if (state.items[index].references > 0) --state.items[index].references;
+  const std::uint32_t before = state.items[index].references;
+  state.items[index].references = before > 0 ? before - 1 : 0;
   const IndexRecord record = state.record_of(state.items[index], IndexRecord::Kind::kReferences);
-  KVTIER_RETURN_IF_ERROR(state.append({&record, 1}));
+  if (Status status = state.append({&record, 1}); !status.ok()) {
+    // Whoever is told of a failure tries again: that must not cost another's reference.
+    state.items[index].references = before;
+    return status;
+  }
   while (state.items[index].references == 0 && state.is_evictable(state.items[index])) {
     const StoreKey parent = state.items[index].parent;
     KVTIER_RETURN_IF_ERROR(state.drop({&index, 1}));

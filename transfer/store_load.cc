@@ -6,6 +6,7 @@
 #include "transfer/store_state.h"
 
 #include <algorithm>
+#include <cmath>
 #include <unordered_map>
 
 namespace kvtier {
@@ -102,7 +103,8 @@ void Store::State::load_some(std::span<const IndexRecord> records) {
                       item->manifest == record.manifest && item->units == record.units;
     if (same) {
       item->references = record.references;
-      item->value = record.value;
+      // No number has no place in the order of eviction.
+      item->value = std::isnan(record.value) ? 0.0 : record.value;
     }
     if (!same || !adopt(std::move(*item))) ++stats.items_dropped;
   }

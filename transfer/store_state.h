@@ -140,6 +140,7 @@ struct Store::State {
   Status take_place(std::uint32_t units, std::uint32_t& unit);
   Status write_extents(StoreItem& item, std::span<const StoreExtentWrite> extents,
                        std::span<const std::uint64_t> digests);
+  Status check_manifest(const StoreItem& item, std::span<const StoreBlob> blobs) const;
   Status place_blobs(StoreItem& item, std::span<const StoreBlob> blobs);
   Status write_manifest(StoreItem& item, std::span<const StoreBlob> blobs);
   Status sync_segments();

@@ -6,6 +6,7 @@
 #include "transfer/store_state.h"
 
 #include <algorithm>
+#include <cmath>
 #include <tuple>
 
 namespace kvtier {
@@ -18,6 +19,11 @@ std::size_t whole_pages(std::size_t bytes) {
 }
 
 std::size_t inline_bytes(std::size_t bytes) { return (bytes + 7) / 8 * 8; }
+
+// Whether a blob has its bytes in the manifest, of which so many are taken.
+bool stands_in_manifest(const StoreBlob& blob, std::size_t bytes) {
+  return blob.bytes.empty() || bytes + inline_bytes(blob.bytes.size()) <= SpaceMap::kUnitBytes;
+}
 
 // The file only reads from a buffer that it writes; its interface has one kind of buffer for both.
 std::span<std::byte> for_writing(std::span<const std::byte> bytes) {
@@ -175,12 +181,38 @@ Status Store::State::write_extents(StoreItem& item, std::span<const StoreExtentW
   return failure;
 }
 
+// Whether the manifest can list what it has to; before anything of it is written.
+Status Store::State::check_manifest(const StoreItem& item, std::span<const StoreBlob> blobs) const {
+  std::size_t bytes =
+      ManifestHeader::kBytes + (item.parts.size() + blobs.size()) * ManifestHeader::kPartBytes;
+  std::size_t more_pieces = 0;
+  for (const StoreBlob& blob : blobs) {
+    if (stands_in_manifest(blob, bytes)) {
+      bytes += inline_bytes(blob.bytes.size());
+    } else {
+      more_pieces += (blob.bytes.size() - 1) / SpaceMap::kChunkBytes;
+    }
+  }
+  bytes += more_pieces * ManifestHeader::kPartBytes;
+  if (bytes <= SpaceMap::kChunkBytes) return {};
+  return unsupported(fmt::format("item {}: a manifest of {} B, at most {}: it has too many blobs",
+                                 item.key.short_text(), bytes, SpaceMap::kChunkBytes));
+}
+
+std::uint64_t Store::blob_bytes_max(std::uint32_t extents, std::uint32_t blobs) {
+  const std::uint64_t fixed =
+      ManifestHeader::kBytes + SpaceMap::kUnitBytes +
+      (std::uint64_t{extents} + std::uint64_t{2} * blobs) * ManifestHeader::kPartBytes;
+  if (fixed >= SpaceMap::kChunkBytes) return 0;
+  return (SpaceMap::kChunkBytes - fixed) / ManifestHeader::kPartBytes * SpaceMap::kChunkBytes;
+}
+
 // Decides which blobs stand in the manifest, and writes the pieces of the others.
 Status Store::State::place_blobs(StoreItem& item, std::span<const StoreBlob> blobs) {
   std::size_t bytes =
       ManifestHeader::kBytes + (item.parts.size() + blobs.size()) * ManifestHeader::kPartBytes;
   for (const StoreBlob& blob : blobs) {
-    if (blob.bytes.empty() || bytes + inline_bytes(blob.bytes.size()) <= SpaceMap::kUnitBytes) {
+    if (stands_in_manifest(blob, bytes)) {
       bytes += inline_bytes(blob.bytes.size());
       ManifestPart part{.kind = ManifestPart::Kind::kInlineBlob, .first = blob.tag};
       part.third = static_cast<std::uint32_t>(blob.bytes.size());
@@ -214,10 +246,6 @@ Status Store::State::place_blobs(StoreItem& item, std::span<const StoreBlob> blo
 // The item's parts are complete and sorted; the manifest gets a place and is written there.
 Status Store::State::write_manifest(StoreItem& item, std::span<const StoreBlob> blobs) {
   std::size_t bytes = ManifestHeader::kBytes + item.parts.size() * ManifestHeader::kPartBytes;
-  if (bytes > SpaceMap::kChunkBytes) {
-    return unsupported(fmt::format("an item of {} parts needs a manifest of {} B, at most {}",
-                                   item.parts.size(), bytes, SpaceMap::kChunkBytes));
-  }
   const std::span<std::byte> memory = staged(0);
   std::fill(memory.begin(), memory.end(), std::byte{0});
   for (ManifestPart& part : item.parts) {
@@ -303,10 +331,12 @@ Status Store::State::commit_all(std::span<const Commit> commits) {
   for (const Commit& commit : commits) {
     StoreItem& item = items[commit.fill->index_];
     if (item.failed) return io_error("an earlier write of this item failed");
+    if (std::isnan(commit.value)) return invalid_argument("an item of which the value is NaN");
     if (item.written != item.parts.size()) {
       return invalid_argument(fmt::format("item {}: {} of {} extents were written",
                                           item.key.short_text(), item.written, item.parts.size()));
     }
+    KVTIER_RETURN_IF_ERROR(check_manifest(item, commit.blobs));
     KVTIER_RETURN_IF_ERROR(place_blobs(item, commit.blobs));
     KVTIER_RETURN_IF_ERROR(sort_parts(item));
     KVTIER_RETURN_IF_ERROR(write_manifest(item, commit.blobs));

@@ -45,6 +45,13 @@ kvtier_options small_options() {
   return options;
 }
 
+kvtier_status refused_open(const kvtier_options& options) {
+  auto* runtime = reinterpret_cast<kvtier_runtime*>(std::uintptr_t{1});
+  const kvtier_status status = kvtier_runtime_open(&options, &runtime);
+  EXPECT_EQ(runtime, nullptr);
+  return status;
+}
+
 Engine::Engine(const kvtier_options& given) : options(given) {
   const kvtier_status status = kvtier_runtime_open(&given, &runtime);
   EXPECT_EQ(status, KVTIER_OK) << kvtier_last_error();

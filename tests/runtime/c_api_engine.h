@@ -12,6 +12,11 @@ namespace kvtier::testing {
 /// heads, float32, blocks of four tokens, memory for everything unless a test asks for less.
 kvtier_options small_options();
 
+inline constexpr auto kInvalid = KVTIER_INVALID_ARGUMENT;
+
+/// The status of an open that must fail, after which nothing is there to close.
+kvtier_status refused_open(const kvtier_options& options);
+
 /// Element of a key or value: a function of where it stands, so that no golden copy is needed.
 float content(std::uint32_t layer, std::uint32_t head, std::uint32_t position,
               std::uint32_t element, bool value);

@@ -15,16 +15,6 @@ namespace {
 
 using ::testing::HasSubstr;
 
-constexpr auto kInvalid = KVTIER_INVALID_ARGUMENT;
-
-// The status of an open that must fail, after which nothing is there to close.
-kvtier_status refused_open(const kvtier_options& options) {
-  auto* runtime = reinterpret_cast<kvtier_runtime*>(std::uintptr_t{1});
-  const kvtier_status status = kvtier_runtime_open(&options, &runtime);
-  EXPECT_EQ(runtime, nullptr);
-  return status;
-}
-
 TEST(CApiMisuse, OpenNamesTheWrongOption) {
   struct Case {
     const char* named;
@@ -61,53 +51,6 @@ TEST(CApiMisuse, OpenNamesTheWrongOption) {
     EXPECT_EQ(refused_open(options), kInvalid) << each.named;
     EXPECT_THAT(kvtier_last_error(), HasSubstr(each.named));
   }
-}
-
-// Sizes that no machine has are refused before memory is touched for them.
-TEST(CApiMisuse, AbsurdSizesAreRefused) {
-  const std::function<void(kvtier_options&)> cases[] = {
-      [](kvtier_options& o) { o.sequences_max = UINT32_MAX; },
-      [](kvtier_options& o) { o.layers = UINT32_MAX; },
-      [](kvtier_options& o) { o.tokens_max = UINT32_MAX; },
-      [](kvtier_options& o) { o.timeline_events = UINT32_MAX; },
-      [](kvtier_options& o) { o.device_capacity_bytes = UINT64_MAX; },
-      [](kvtier_options& o) { o.host_capacity_bytes = UINT64_MAX; },
-  };
-  for (const auto& spoil : cases) {
-    kvtier_options options = small_options();
-    spoil(options);
-    // A long sequence costs nothing before it is appended, so that one may open.
-    kvtier_runtime* runtime = nullptr;
-    const kvtier_status status = kvtier_runtime_open(&options, &runtime);
-    EXPECT_THAT(status, ::testing::AnyOf(kInvalid, KVTIER_NO_SPACE, KVTIER_OK))
-        << kvtier_last_error();
-    EXPECT_EQ(status == KVTIER_OK, runtime != nullptr);
-    EXPECT_EQ(kvtier_runtime_close(runtime), KVTIER_OK);
-  }
-}
-
-TEST(CApiMisuse, TooSmallACapacitySaysHowMuchWouldDo) {
-  kvtier_options options = small_options();
-  kvtier_needs needs = {};
-  needs.struct_size = sizeof needs;
-  ASSERT_EQ(kvtier_runtime_needs(&options, &needs), KVTIER_OK);
-  options.device_capacity_bytes = needs.device_bytes - 1;
-  EXPECT_EQ(refused_open(options), kInvalid);
-  EXPECT_THAT(kvtier_last_error(), HasSubstr(std::to_string(needs.device_bytes)));
-  options.device_capacity_bytes = needs.device_bytes;
-  options.host_capacity_bytes = needs.host_bytes - 1;
-  EXPECT_EQ(refused_open(options), kInvalid);
-  EXPECT_THAT(kvtier_last_error(), HasSubstr(std::to_string(needs.host_bytes)));
-  options.host_capacity_bytes = needs.host_bytes;
-  Engine engine(options);
-}
-
-TEST(CApiMisuse, NoSuchFolder) {
-  kvtier_options options = small_options();
-  options.disk_capacity_bytes = 1 << 20;
-  options.disk_path = "/nowhere/at/all";
-  EXPECT_EQ(refused_open(options), KVTIER_NOT_FOUND);
-  EXPECT_THAT(kvtier_last_error(), HasSubstr("/nowhere/at/all"));
 }
 
 TEST(CApiMisuse, NullPointers) {

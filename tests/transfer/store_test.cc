@@ -5,8 +5,10 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/mman.h>
 
 #include <algorithm>
+#include <limits>
 
 namespace kvtier {
 namespace store_suite {
@@ -205,6 +207,56 @@ TEST_F(StoreTest, BlobsOfEverySizeComeBack) {
     EXPECT_TRUE(is_whole(*store, number, shape)) << bytes;
     ++number;
   }
+  EXPECT_TRUE(store->close().ok());
+}
+
+// A selector's state can be larger than the manifest has parts for: that shows before its gigabytes
+// are written.
+TEST_F(StoreTest, BlobsThatNoManifestCouldListAreRefusedUnwritten) {
+  auto store = open();
+  const std::uint64_t max = Store::blob_bytes_max(1, 1);
+  EXPECT_GT(max, std::uint64_t{1} << 30);
+  EXPECT_EQ(Store::blob_bytes_max(1 << 20, 1), 0U);
+  const std::size_t bytes = std::size_t{3} << 30;
+  void* const memory =
+      ::mmap(nullptr, bytes, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  ASSERT_NE(memory, MAP_FAILED);
+  for (const std::size_t size : {bytes, static_cast<std::size_t>(max)}) {
+    auto fill = store->fill({.key = key_of(1)});
+    ASSERT_TRUE(fill.ok());
+    const std::uint64_t written = store->stats().written_bytes;
+    const StoreBlob blob{.tag = 1, .bytes = {static_cast<const std::byte*>(memory), size}};
+    const Store::Commit commit{.fill = &*fill, .blobs = {&blob, 1}};
+    // This store has no room for what a manifest could list.
+    EXPECT_EQ(store->commit({&commit, 1}).code(),
+              size == max ? StatusCode::kNoSpace : StatusCode::kUnsupported);
+    EXPECT_EQ(store->stats().written_bytes == written, size != max);
+  }
+  ::munmap(memory, bytes);
+  EXPECT_TRUE(store->close().ok());
+}
+
+// One failure to write the index must not cost a reference that nobody gave up.
+TEST_F(StoreTest, AReferenceThatCouldNotBeDroppedIsStillThere) {
+  auto store = open();
+  ASSERT_TRUE(put_item(*store, layout_, 1).ok());
+  ASSERT_TRUE(store->add_reference(key_of(1)).ok());
+  drive_.index_failure = io_error("injected");
+  EXPECT_FALSE(store->drop_reference(key_of(1)).ok());
+  drive_.index_failure = Status();
+  EXPECT_TRUE(store->drop_reference(key_of(1)).ok());
+  EXPECT_TRUE(store->contains(key_of(1)));
+  EXPECT_TRUE(store->drop_reference(key_of(1)).ok());
+  EXPECT_FALSE(store->contains(key_of(1)));
+  EXPECT_TRUE(store->close().ok());
+}
+
+TEST_F(StoreTest, AValueIsANumber) {
+  auto store = open();
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  EXPECT_EQ(put_item(*store, layout_, 1, {.value = nan}).code(), StatusCode::kInvalidArgument);
+  ASSERT_TRUE(put_item(*store, layout_, 1).ok());
+  EXPECT_EQ(store->set_value(key_of(1), nan).code(), StatusCode::kInvalidArgument);
   EXPECT_TRUE(store->close().ok());
 }
 
