@@ -79,7 +79,7 @@ class Talk:
     """One conversation over one cache: context first, then questions."""
 
     def __init__(self, model: Any, tokenizer: Any, cache: Any, context: Any) -> None:
-        from ..transformers.attach import cache_name
+        from ..transformers.attention import cache_name
 
         self.model, self.tokenizer, self.cache = model, tokenizer, cache
         self._name = cache_name(model)
