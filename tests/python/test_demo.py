@@ -22,8 +22,8 @@ def saved_model(folder):
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", additional_special_tokens=special[1:])
     fast.save_pretrained(folder)
-    llama(vocab_size=len(words), max_position_embeddings=16384, num_hidden_layers=2).save_pretrained(
-        folder)
+    model = llama(vocab_size=len(words), max_position_embeddings=16384, num_hidden_layers=2)
+    model.save_pretrained(folder)
 
 
 def test_both_processes_give_the_same_answer(tmp_path):

@@ -76,8 +76,8 @@ def main() -> None:
 
     print(f"kvtier {library_version()}, transformers {transformers.__version__}, torch "
           f"{torch.__version__}, {torch.get_num_threads()} threads")
-    print("Takes some 2 GB of memory, 1 GB of disk in " + choices.disk_path + " and some minutes on "
-          "two cores; downloads nothing.")
+    print(f"Takes some 2 GB of memory, 1 GB of disk in {choices.disk_path} and some minutes on two "
+          "cores; downloads nothing.")
     model, tokenizer = load(path)
     packed = Path(__file__).with_name("emma.txt.gz").read_bytes()
     text = gzip.decompress(packed).decode()

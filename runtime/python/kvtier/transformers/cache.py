@@ -259,7 +259,7 @@ class TieredCache(DynamicCache):
         self._keep(0)
 
     def __iter__(self) -> Any:
-        raise Unsupported("a TieredCache does not show its keys and values: they are on three tiers")
+        raise Unsupported("a TieredCache does not show its keys and values: they lie on tiers")
 
     def __deepcopy__(self, memo: Any) -> TieredCache:
         raise Unsupported(
