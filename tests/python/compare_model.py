@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "runtime" / "python"))
 
 from kvtier.transformers import TieredCache  # noqa: E402
-from kvtier.transformers.attach import cache_name  # noqa: E402
+from kvtier.transformers.attention import cache_name  # noqa: E402
 
 CONTEXT = 7378  # Tokens before the first question.
 

@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from kvtier.transformers import TieredCache  # noqa: E402
-from kvtier.transformers.attach import cache_name  # noqa: E402
+from kvtier.transformers.attention import cache_name  # noqa: E402
 
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 # What the installed version calls the cache among a model's arguments.

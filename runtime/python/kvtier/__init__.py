@@ -72,7 +72,8 @@ def library_version() -> str:
 
 
 def has_feature(name: str) -> bool:
-    """Whether the library has "cuda", "disk", "exact-attention", "fork", "resolve"."""
+    """Whether the library has "cuda", "disk", "exact-attention", "fork", "resolve",
+    "prefix-store"."""
     return bool(library().has_feature(name.encode()))
 
 

@@ -34,6 +34,7 @@ F16, BF16, F32 = 0, 1, 2
 REDUCTIONS = {"max": 0, "sum": 1, "mean": 2}
 RESTS = {"measured": 0, "always": 1, "never": 2}
 VERIFIES = {"arrivals": 0, "all": 1}
+DURABILITIES = {"none": 0, "clean": 1, "crash": 2, "power": 3}
 DTYPES = {"float16": F16, "bfloat16": BF16, "float32": F32}
 DTYPE_NAMES = {number: name for name, number in DTYPES.items()}
 DTYPE_BYTES = {F16: 2, BF16: 2, F32: 4}
@@ -220,6 +221,38 @@ class SequenceStats(Struct):
     ]
 
 
+class StoreOptions(Struct):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("path", c_char_p),
+        ("capacity_bytes", c_uint64),
+        ("free_bytes_min", c_uint64),
+        ("durability", c_int),
+        ("model", c_char_p),
+        ("tenant_salt", c_char_p),
+        ("key_file", c_char_p),
+        ("read_only", c_int),
+    ]
+
+
+class StoreStats(Struct):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("tokens_per_run", c_uint32),
+        ("items", c_uint64),
+        ("capacity_bytes", c_uint64),
+        ("data_bytes", c_uint64),
+        ("free_bytes", c_uint64),
+        ("written_bytes", c_uint64),
+        ("read_bytes", c_uint64),
+        ("evicted_items", c_uint64),
+        ("blocks_verified", c_uint64),
+        ("blocks_corrupt", c_uint64),
+        ("read_failures", c_uint64),
+        ("write_failures", c_uint64),
+    ]
+
+
 STRUCTS: dict[str, type[ctypes.Structure]] = {
     "kvtier_options": Options,
     "kvtier_needs": Needs,
@@ -230,6 +263,8 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "kvtier_tier_stats": TierStats,
     "kvtier_stats": Stats,
     "kvtier_sequence_stats": SequenceStats,
+    "kvtier_store_options": StoreOptions,
+    "kvtier_store_stats": StoreStats,
 }
 
 _RUNTIME, _SEQUENCE = c_void_p, c_uint64
@@ -261,6 +296,19 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "kvtier_attend_exact": (None, [_RUNTIME, _SEQUENCE, POINTER(Query), POINTER(Report)]),
     "kvtier_hint": (None, [_RUNTIME, _SEQUENCE, POINTER(Query)]),
     "kvtier_attended": (None, [_RUNTIME, POINTER(Range), c_uint32, POINTER(c_uint32)]),
+    "kvtier_store_options_init": (None, [POINTER(StoreOptions), c_size_t]),
+    "kvtier_store_open": (None, [_RUNTIME, POINTER(StoreOptions)]),
+    "kvtier_store_close": (None, [_RUNTIME]),
+    "kvtier_sequence_save": (
+        None,
+        [_RUNTIME, _SEQUENCE, c_void_p, c_uint32, c_double, POINTER(c_uint32)],
+    ),
+    "kvtier_sequence_restore": (
+        None,
+        [_RUNTIME, c_void_p, c_uint32, POINTER(_SEQUENCE), POINTER(c_uint32)],
+    ),
+    "kvtier_store_forget": (None, [_RUNTIME, c_void_p, c_uint32]),
+    "kvtier_get_store_stats": (None, [_RUNTIME, POINTER(StoreStats)]),
     "kvtier_get_stats": (None, [_RUNTIME, POINTER(Stats)]),
     "kvtier_get_stats_json": (None, [_RUNTIME, c_char_p, c_size_t, POINTER(c_size_t)]),
     "kvtier_get_sequence_stats": (None, [_RUNTIME, _SEQUENCE, POINTER(SequenceStats)]),

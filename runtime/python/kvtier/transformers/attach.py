@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from ..errors import InvalidArgument
 from . import attention, families
 from .cache import TieredCache
 
-# The cache's name among the arguments: the first one at first, the second one since 5.24 or so.
-_CACHE_NAMES = ("past_key_values", "cache")
 # Tokens of a draft that may be stored before they are rejected.
 _DRAFT_TOKENS = 64
 
@@ -32,12 +29,12 @@ class Attached:
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """``model.generate`` with a new TieredCache, unless a cache is passed or switched off."""
-        passed = any(kwargs.get(name) is not None for name in _CACHE_NAMES)
+        passed = any(kwargs.get(name) is not None for name in attention.CACHE_NAMES)
         if not passed and kwargs.get("use_cache", True):
             self.cache = None  # Returns its memory first, unless a result still holds it.
             tokens_max = self._tokens_max or _longest(self.model, args, kwargs)
             self.cache = TieredCache(self.model, tokens_max=tokens_max, **self._choices)
-            kwargs[cache_name(self.model)] = self.cache
+            kwargs[attention.cache_name(self.model)] = self.cache
         return self._generate(*args, **kwargs)
 
     def stats(self) -> dict[str, Any]:
@@ -66,14 +63,6 @@ def attach(model: Any, *, tokens_max: int | None = None, **choices: Any) -> Atta
     conversations that go on with one cache.
     """
     return Attached(model, tokens_max, choices)
-
-
-def cache_name(model: Any) -> str:
-    """What the installed transformers calls the cache among a model's (or its class's)
-    arguments."""
-    kind: Any = model if isinstance(model, type) else type(model)
-    newer = _CACHE_NAMES[1] in inspect.signature(kind.forward).parameters
-    return _CACHE_NAMES[1] if newer else _CACHE_NAMES[0]
 
 
 def _longest(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

@@ -6,6 +6,7 @@ own plain attention, for models whose logits are capped or have sinks, which SDP
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from .store import Call, Store
 SDPA, EAGER = "kvtier", "kvtier_eager"
 NAMES = (SDPA, EAGER)
 _MARK = "_kvtier_call"
+# The cache's name among the arguments: the first one at first, the second one since 5.24 or so.
+CACHE_NAMES = ("past_key_values", "cache")
 # Queries of an exempt layer whose mask is made at once: queries * keys booleans.
 _MASK_QUERIES = 512
 
@@ -78,6 +81,14 @@ def marked(keys: torch.Tensor, mark: Call | Store) -> torch.Tensor:
         return _carried(keys, mark)
     setattr(keys, _MARK, mark)
     return keys
+
+
+def cache_name(model: Any) -> str:
+    """What the installed transformers calls the cache among a model's (or its class's)
+    arguments."""
+    kind: Any = model if isinstance(model, type) else type(model)
+    newer = CACHE_NAMES[1] in inspect.signature(kind.forward).parameters
+    return CACHE_NAMES[1] if newer else CACHE_NAMES[0]
 
 
 def switch_on(model: Any, config: Any) -> None:

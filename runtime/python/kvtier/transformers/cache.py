@@ -9,9 +9,11 @@ one model are therefore never mixed up, in whatever order they run.
 from __future__ import annotations
 
 import inspect
+import os
 import weakref
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
@@ -175,6 +177,7 @@ class TieredCache(DynamicCache):
             layer.store = self.store
             self.layers[model_layer] = layer
         attention.switch_on(model, config)
+        self._model = weakref.ref(model)
         self._finalizer = weakref.finalize(self, Store.close, self.store)
 
     def _tiered_layers(self, family: families.Family, exempt: tuple[int, ...]) -> list[int]:
@@ -256,13 +259,66 @@ class TieredCache(DynamicCache):
         self._keep(0)
 
     def __iter__(self) -> Any:
-        raise Unsupported("a TieredCache does not show its keys and values: they lie on three tiers")
+        raise Unsupported("a TieredCache does not show its keys and values: they lie on tiers")
 
     def __deepcopy__(self, memo: Any) -> TieredCache:
         raise Unsupported(
             "a TieredCache owns its tiers and cannot be copied: repeat its rows instead "
             "(sequences_max=, batch_repeat_interleave)"
         )
+
+    # ---- Prefixes that outlive the process ----------------------------------------------------
+
+    def open_store(self, path: str | os.PathLike[str], *, model: str, **options: Any) -> None:
+        """Opens the prefix store in the folder ``path``; the arguments are those of
+        :meth:`kvtier.Runtime.open_store`. ``model`` names model and weights: what was saved under
+        another name is not found.
+
+        For caches of one row whose layers are all tiered. Where nothing was stored yet, the model
+        computes one token that is forgotten again: it shows what the tiers must hold.
+        """
+        if self._others:
+            kept = [i for i, layer in enumerate(self.layers) if not isinstance(layer, TieredLayer)]
+            raise Unsupported(
+                f"layers {kept} keep transformers' cache, which a prefix store does not hold"
+            )
+        if self.store.runtime is None:
+            self._show_shapes()
+        self.store.open_prefixes(path, model=model, **options)
+
+    def close_store(self) -> None:
+        """Ends the store cleanly, so that another process may open it; :meth:`close` does so
+        too."""
+        self.store.close_prefixes()
+
+    def save(self, token_ids: Any, *, value: float = 1.0) -> int:
+        """Saves what the cache holds of ``token_ids``, the ids of its tokens from the first on:
+        [tokens] or [1, tokens], as ``generate`` returns them. Returns how many were saved: whole
+        runs, see :meth:`kvtier.Sequence.save`."""
+        return self.store.save(_row(token_ids), value)
+
+    def restore(self, token_ids: Any) -> int:
+        """Fills an empty cache with the longest stored prefix of ``token_ids``, [tokens] or [1,
+        tokens], and returns its length; 0 when nothing was found. At least one token is left for
+        the model to compute: ``generate(token_ids)`` with this cache continues with the rest."""
+        held = max(layer.length for layer in self._tiered)
+        if held > 0:
+            raise InvalidArgument(f"restore fills an empty cache: this one holds {held} positions")
+        tokens = self.store.restore(_row(token_ids)[:-1])
+        for layer in self._tiered:
+            layer.length = tokens
+        return tokens
+
+    def _show_shapes(self) -> None:
+        model = self._model()
+        if model is None:
+            raise InvalidArgument("the model that the cache was made for is gone")
+        with torch.no_grad():
+            device = next(model.parameters()).device
+            token = torch.zeros((1, 1), dtype=torch.long, device=device)
+            model(token, use_cache=True, **{attention.cache_name(model): self})
+        self._keep(0)
+        self.store.forget_calls()
 
     # ---- Its own -----------------------------------------------------------------------------
 
@@ -281,6 +337,17 @@ class TieredCache(DynamicCache):
 
     def __exit__(self, *error: Any) -> None:
         self.close()
+
+
+def _row(token_ids: Any) -> np.ndarray:
+    ids = np.asarray(token_ids.cpu() if isinstance(token_ids, torch.Tensor) else token_ids)
+    if ids.ndim == 2 and ids.shape[0] == 1:
+        ids = ids[0]
+    if ids.ndim != 1 or len(ids) == 0:
+        raise InvalidArgument(
+            f"token_ids has shape {list(ids.shape)}, expected [tokens] or [1, tokens]"
+        )
+    return ids
 
 
 def _check_choices(budget: float | int, exact_above: int) -> None:

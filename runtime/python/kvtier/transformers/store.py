@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from .. import selectors
-from ..errors import InvalidArgument, Unsupported
+from ..errors import Error, InvalidArgument, Unsupported
 from ..options import Capacity, Options, with_capacities
 from ..runtime import Runtime, Sequence
 from . import families
@@ -96,6 +97,7 @@ class Store:
         self._scale = 0.0
         self._cap = 0.0
         self._observes = False
+        self._prefixes = False  # Whether the runtime's prefix store is open.
 
     # ---- Attention ---------------------------------------------------------------------------
 
@@ -291,6 +293,55 @@ class Store:
         self.sequences = successors
         self._kept = self._kept[parents]
 
+    # ---- Prefixes that outlive the process ---------------------------------------------------
+
+    def open_prefixes(self, path: str | os.PathLike[str], **options: Any) -> None:
+        assert self.runtime is not None
+        self._one_row()
+        self.runtime.open_store(path, **options)
+        self._prefixes = True
+
+    def close_prefixes(self) -> None:
+        if self.runtime is not None:
+            self.runtime.close_store()
+        self._prefixes = False
+
+    def save(self, ids: np.ndarray, value: float) -> int:
+        """``ids`` by position, padding included; behind what is stored they do not matter."""
+        sequence = self._one_row()
+        kept = self._kept[0, : len(ids)]
+        return sequence.save(ids[: len(kept)][kept], value=value)
+
+    def restore(self, ids: np.ndarray) -> int:
+        """Replaces the only row, which is empty, by the longest stored prefix."""
+        empty = self._one_row()
+        assert self.runtime is not None
+        empty.free()
+        try:
+            sequence, tokens = self.runtime.restore(ids)
+        except Error:
+            self.sequences = [self.runtime.create_sequence()]
+            raise
+        self.sequences = [sequence]
+        self._kept = np.ones((1, tokens), dtype=bool)
+        return tokens
+
+    def _one_row(self) -> Sequence:
+        if self.runtime is None:
+            raise InvalidArgument("no store is open: call open_store first")
+        if len(self.sequences) != 1:
+            raise Unsupported(
+                f"a cache of {len(self.sequences)} rows: prefixes are saved and restored one by one"
+            )
+        return self.sequences[0]
+
+    def forget_calls(self) -> None:
+        """Counts from here."""
+        self.exact_calls = self.selected_calls = self.stock_calls = 0
+        self.attended_tokens = self.visible_tokens = 0
+
+    # ---- Its own -----------------------------------------------------------------------------
+
     def close(self) -> None:
         if self.runtime is not None:
             self.runtime.close()
@@ -312,6 +363,8 @@ class Store:
             found["selector"] = options.selector or "default"
             found["dtype"] = options.dtype
             found["runtime"] = self.runtime.stats()
+        if self.runtime is not None and self._prefixes:
+            found["store"] = self.runtime.store_stats()
         return found
 
 
