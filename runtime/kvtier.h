@@ -365,7 +365,8 @@ typedef struct kvtier_store_options {
   uint64_t capacity_bytes; /**< Of all files together, taken when the store is made. 0: as found. */
   uint64_t free_bytes_min; /**< What the file system must keep free besides; default 1 GiB. */
   kvtier_durability durability; /**< Default crash. */
-  const char* model;       /**< Names model, weights and whatever else KV depends on. Not NULL. */
+  const char* model;       /**< Names model, weights, group of layers and whatever else KV depends
+                                on. Not NULL. Two runtimes that share a name share prefixes. */
   const char* tenant_salt; /**< A secret of the tenant, or NULL. */
   const char* key_file;    /**< 64 bytes for AES-256-XTS, or NULL: not encrypted. */
   int read_only;
