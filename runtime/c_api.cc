@@ -65,8 +65,8 @@ Status pick(int given, const char* name, std::initializer_list<Target> values, T
 }
 
 Status translate_model(const kvtier_options& given, RuntimeOptions& options) {
-  KVTIER_RETURN_IF_ERROR(
-      pick(given.dtype, "dtype", {DType::kF16, DType::kBF16, DType::kF32}, options.block.dtype));
+  KVTIER_RETURN_IF_ERROR(pick(raw_value(given.dtype), "dtype",
+                              {DType::kF16, DType::kBF16, DType::kF32}, options.block.dtype));
   if (given.kv_heads == 0 || given.query_heads == 0 || given.query_heads % given.kv_heads != 0) {
     return invalid_argument(
         fmt::format("query_heads is {} and kv_heads is {}; expected a positive multiple",
@@ -102,14 +102,15 @@ Status translate(const kvtier_options& given, RuntimeOptions& options) {
   if (given.selector != nullptr) {
     KVTIER_ASSIGN_OR_RETURN(options.selector, make_selector_factory(given.selector));
   }
-  KVTIER_RETURN_IF_ERROR(pick(given.reduction, "reduction",
+  KVTIER_RETURN_IF_ERROR(pick(raw_value(given.reduction), "reduction",
                               {GroupReduction::kMax, GroupReduction::kSum, GroupReduction::kMean},
                               options.reduction));
-  KVTIER_RETURN_IF_ERROR(pick(
-      given.rest, "rest", {EstimateRest::kMeasured, EstimateRest::kAlways, EstimateRest::kNever},
-      options.estimate_rest));
   KVTIER_RETURN_IF_ERROR(
-      pick(given.verify, "verify", {VerifyMode::kArrivals, VerifyMode::kAll}, options.verify));
+      pick(raw_value(given.rest), "rest",
+           {EstimateRest::kMeasured, EstimateRest::kAlways, EstimateRest::kNever},
+           options.estimate_rest));
+  KVTIER_RETURN_IF_ERROR(pick(raw_value(given.verify), "verify",
+                              {VerifyMode::kArrivals, VerifyMode::kAll}, options.verify));
   if (given.eviction != nullptr) options.eviction = given.eviction;
   options.sinks = given.sinks;
   options.window = given.window;
@@ -261,7 +262,7 @@ const char* kvtier_status_name(kvtier_status status) {
   constexpr const char* kNames[] = {
       "ok",      "not_found",   "no_space",         "busy",    "cancelled", "io_error",
       "corrupt", "unsupported", "invalid_argument", "internal"};
-  const auto index = static_cast<unsigned>(status);
+  const auto index = static_cast<unsigned>(raw_value(status));
   return index < std::size(kNames) ? kNames[index] : "unknown";
 }
 

@@ -40,14 +40,14 @@ class Question {
     if (given_.queries == nullptr || (answers && given_.out == nullptr)) {
       return invalid_argument("query.queries or query.out is NULL");
     }
-    KVTIER_RETURN_IF_ERROR(check_memory(given_.memory, given_.stream, "query"));
-    switch (given_.dtype) {
+    KVTIER_RETURN_IF_ERROR(check_memory(raw_value(given_.memory), given_.stream, "query"));
+    switch (raw_value(given_.dtype)) {
       case KVTIER_F16: dtype_ = DType::kF16; break;
       case KVTIER_BF16: dtype_ = DType::kBF16; break;
       case KVTIER_F32: dtype_ = DType::kF32; break;
       default:
         return invalid_argument(
-            fmt::format("query.dtype is {}, expected 0 to 2", static_cast<int>(given_.dtype)));
+            fmt::format("query.dtype is {}, expected 0 to 2", raw_value(given_.dtype)));
     }
     prepare();
     return {};

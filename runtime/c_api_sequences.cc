@@ -127,7 +127,7 @@ kvtier_status kvtier_append(kvtier_runtime* runtime, kvtier_sequence sequence, u
         kvtier_rows given{};
         KVTIER_RETURN_IF_ERROR(read_struct(rows, "rows", given));
         KVTIER_RETURN_IF_ERROR(check_layer(inner, layer));
-        KVTIER_RETURN_IF_ERROR(check_memory(given.memory, given.stream, "rows"));
+        KVTIER_RETURN_IF_ERROR(check_memory(raw_value(given.memory), given.stream, "rows"));
         if (given.reserved != 0) {
           return invalid_argument(fmt::format("rows.reserved is {}, expected 0", given.reserved));
         }

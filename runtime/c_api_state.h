@@ -208,6 +208,16 @@ Status init_struct(const Struct& defaults, const char* name, Struct* target, std
   return {};
 }
 
+/// What stands in a C enum, which may be anything an int can hold; C++ may not even look at it as
+/// an enum.
+template <typename Enum>
+int raw_value(const Enum& given) {
+  static_assert(sizeof(Enum) == sizeof(int));
+  int value = 0;
+  std::memcpy(&value, &given, sizeof(value));
+  return value;
+}
+
 /// Text into the caller's memory with a closing zero; `no_space` when it does not fit.
 Status write_text(const std::string& text, char* target, std::size_t capacity, std::size_t* needed);
 

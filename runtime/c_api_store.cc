@@ -21,12 +21,13 @@ Status open_prefixes(kvtier_runtime& runtime, const kvtier_store_options& given)
   if (given.path == nullptr || given.model == nullptr) {
     return invalid_argument("store options: path or model is NULL");
   }
-  if (given.durability < KVTIER_DURABLE_NONE || given.durability > KVTIER_DURABLE_POWER) {
+  if (raw_value(given.durability) < KVTIER_DURABLE_NONE ||
+      raw_value(given.durability) > KVTIER_DURABLE_POWER) {
     return invalid_argument(
-        fmt::format("durability is {}, expected 0 to 3", static_cast<int>(given.durability)));
+        fmt::format("durability is {}, expected 0 to 3", raw_value(given.durability)));
   }
   StoreOptions options;
-  options.durability = static_cast<Durability>(given.durability);
+  options.durability = static_cast<Durability>(raw_value(given.durability));
   options.capacity_bytes = given.capacity_bytes;
   options.free_bytes_min = given.free_bytes_min;
   options.read_only = given.read_only != 0;
