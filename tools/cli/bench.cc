@@ -2,8 +2,8 @@
 
 #include "selectors/registry.h"
 #include "tools/bench_attention.h"
-#include "tools/bench_prefill.h"
 #include "tools/bench_disk.h"
+#include "tools/bench_prefill.h"
 #include "tools/bench_select.h"
 #ifdef KVTIER_CUDA
 #include "tools/bench_gpu.h"
@@ -170,8 +170,7 @@ void add_disk(CLI::App& bench, ExitCode& exit_code) {
   add_value(*verb, "--backend", options->backend, parse_backend, "auto, io_uring or posix", "auto");
   add_value(*verb, "--file-bytes", options->file_bytes, parse_bytes, "Size of the scratch file",
             "2GiB");
-  add_value(*verb, "--seconds", options->seconds, parse_seconds, "Length of one measurement",
-            "1");
+  add_value(*verb, "--seconds", options->seconds, parse_seconds, "Length of one measurement", "1");
   add_value(*verb, "--repetitions", options->repetitions, parse_positive,
             "Measurements of each; figures are their median", "5");
   verb->add_option("--fio", options->fio, "Program to compare with; '' for none (default: fio)")

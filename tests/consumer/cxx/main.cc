@@ -14,8 +14,8 @@ int main() {
   if (!needs.ok()) return 1;
   options.device_capacity_bytes = needs->device_bytes;
   options.host_capacity_bytes = needs->host_bytes + needs->extent_bytes_total;
-  auto runtime = kvtier::Runtime::open(
-      options, {.clock = &clock, .device = &device, .link = link.get()});
+  auto runtime =
+      kvtier::Runtime::open(options, {.clock = &clock, .device = &device, .link = link.get()});
   if (!runtime.ok()) {
     std::fprintf(stderr, "%s\n", runtime.status().message().c_str());
     return 1;
