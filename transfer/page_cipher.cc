@@ -141,34 +141,30 @@ Result<PageCipher> PageCipher::read(const std::string& path) {
                 fmt::format("key file {}: {}", path, cipher.status().message()));
 }
 
-void PageCipher::encrypt(std::uint32_t segment, std::uint64_t page,
-                         std::span<const std::byte> source, std::byte* target) {
-  KVTIER_CHECK(source.size() % kPageBytes == 0, "{} B are no whole pages", source.size());
-  for (std::size_t at = 0; at < source.size(); at += kPageBytes, ++page) {
+// One page after another, in the direction that the context was made for.
+static void run_pages(EVP_CIPHER_CTX* context, std::uint32_t segment, std::uint64_t page,
+                      std::span<const std::byte> source, std::byte* target) {
+  constexpr std::size_t kPage = PageCipher::kPageBytes;
+  KVTIER_CHECK(source.size() % kPage == 0, "{} B are no whole pages", source.size());
+  for (std::size_t at = 0; at < source.size(); at += kPage, ++page) {
     const std::array<std::byte, 16> tweak = tweak_of(segment, page);
     int length = 0;
     const bool done =
-        EVP_EncryptInit_ex(context_->encryption, nullptr, nullptr, nullptr,
-                           as_octets(tweak.data())) == 1 &&
-        EVP_EncryptUpdate(context_->encryption, as_octets(target + at), &length,
-                          as_octets(source.data() + at), static_cast<int>(kPageBytes)) == 1;
-    KVTIER_CHECK(done && length == static_cast<int>(kPageBytes), "AES-XTS gave {} B", length);
+        EVP_CipherInit_ex(context, nullptr, nullptr, nullptr, as_octets(tweak.data()), -1) == 1 &&
+        EVP_CipherUpdate(context, as_octets(target + at), &length, as_octets(source.data() + at),
+                         static_cast<int>(kPage)) == 1;
+    KVTIER_CHECK(done && length == static_cast<int>(kPage), "AES-XTS gave {} B", length);
   }
+}
+
+void PageCipher::encrypt(std::uint32_t segment, std::uint64_t page,
+                         std::span<const std::byte> source, std::byte* target) {
+  run_pages(context_->encryption, segment, page, source, target);
 }
 
 void PageCipher::decrypt(std::uint32_t segment, std::uint64_t page,
                          std::span<const std::byte> source, std::byte* target) {
-  KVTIER_CHECK(source.size() % kPageBytes == 0, "{} B are no whole pages", source.size());
-  for (std::size_t at = 0; at < source.size(); at += kPageBytes, ++page) {
-    const std::array<std::byte, 16> tweak = tweak_of(segment, page);
-    int length = 0;
-    const bool done =
-        EVP_DecryptInit_ex(context_->decryption, nullptr, nullptr, nullptr,
-                           as_octets(tweak.data())) == 1 &&
-        EVP_DecryptUpdate(context_->decryption, as_octets(target + at), &length,
-                          as_octets(source.data() + at), static_cast<int>(kPageBytes)) == 1;
-    KVTIER_CHECK(done && length == static_cast<int>(kPageBytes), "AES-XTS gave {} B", length);
-  }
+  run_pages(context_->decryption, segment, page, source, target);
 }
 
 }  // namespace kvtier
