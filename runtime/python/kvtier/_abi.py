@@ -390,3 +390,10 @@ def choice(name: str, value: str, among: dict[str, int]) -> int:
     if value not in among:
         raise InvalidArgument(f"{name} is {value!r}, expected one of {', '.join(among)}")
     return among[value]
+
+
+def as_dict(struct: ctypes.Structure) -> dict[str, Any]:
+    """The fields of a struct, those of structs within it likewise, without sizes."""
+    values = ((name, getattr(struct, name)) for name, *_ in struct._fields_)
+    inner = {n: as_dict(v) if isinstance(v, ctypes.Structure) else v for n, v in values}
+    return {name: value for name, value in inner.items() if name != "struct_size"}

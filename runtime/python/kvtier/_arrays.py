@@ -103,3 +103,16 @@ def empty_like(array: Any, shape: tuple[int, ...]) -> Any:
     if is_torch(array):
         return array.new_empty(shape)
     return np.empty(shape, dtype=array.dtype)
+
+
+def token_ids(token_ids: Any) -> np.ndarray:
+    """Ids of tokens as 32-bit numbers, contiguous."""
+    ids = np.asarray(token_ids)
+    if ids.ndim != 1:
+        raise InvalidArgument(f"token_ids has shape {list(ids.shape)}, expected [tokens]")
+    if len(ids) > 0:
+        if ids.dtype.kind not in "iu":
+            raise InvalidArgument(f"token_ids is {ids.dtype}, expected integers")
+        if ids.min() < 0 or ids.max() > 0xFFFFFFFF:
+            raise InvalidArgument("token_ids: an id is below 0 or beyond 32 bits")
+    return np.ascontiguousarray(ids, dtype=np.uint32)

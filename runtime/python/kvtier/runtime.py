@@ -62,7 +62,7 @@ class Runtime:
         """Counters since open: tiers, bytes moved, verification, look-ahead."""
         found = _abi.Stats()
         self._library.get_stats(self.handle, ctypes.byref(found))
-        return _as_dict(found)
+        return _abi.as_dict(found)
 
     def stats_json(self) -> dict[str, Any]:
         """The same and more, as the library words it."""
@@ -74,7 +74,7 @@ class Runtime:
         self._library.attended(self.handle, None, 0, ctypes.byref(count))
         ranges = (_abi.Range * max(count.value, 1))()
         self._library.attended(self.handle, ranges, count.value, ctypes.byref(count))
-        return [_as_dict(item) for item in ranges[: count.value]]
+        return [_abi.as_dict(item) for item in ranges[: count.value]]
 
     def failures(self) -> list[str]:
         """One line per block that the last call could not have."""
@@ -135,7 +135,7 @@ class Runtime:
         """A sequence that begins with the longest stored prefix of ``token_ids``, and how many
         tokens that is; 0 and an empty sequence when nothing was found. Every block is verified;
         damage ends the prefix before it."""
-        ids = _token_ids(token_ids)
+        ids = _arrays.token_ids(token_ids)
         sequence, tokens = ctypes.c_uint64(), ctypes.c_uint32()
         self._library.sequence_restore(
             self.handle, ids.ctypes.data, len(ids), ctypes.byref(sequence), ctypes.byref(tokens)
@@ -145,7 +145,7 @@ class Runtime:
     def forget(self, token_ids: Any) -> None:
         """Gives up one save of these tokens; what other saves share stays. :class:`NotFound` when
         they are not stored."""
-        ids = _token_ids(token_ids)
+        ids = _arrays.token_ids(token_ids)
         self._library.store_forget(self.handle, ids.ctypes.data, len(ids))
 
     def store_stats(self) -> dict[str, int]:
@@ -153,7 +153,7 @@ class Runtime:
         moved, blocks verified."""
         found = _abi.StoreStats()
         self._library.get_store_stats(self.handle, ctypes.byref(found))
-        return _as_dict(found)
+        return _abi.as_dict(found)
 
     def write_timeline(self, path: str) -> None:
         """Chrome trace events of what happened so far; needs ``timeline_events``."""
@@ -355,7 +355,7 @@ class Sequence:
         and returns how many of them: whole runs of ``store_stats()["tokens_per_run"]``. Runs that
         are stored already are shared. When the store is full, what has the least ``value`` goes
         first."""
-        ids = _token_ids(token_ids)
+        ids = _arrays.token_ids(token_ids)
         saved = ctypes.c_uint32()
         self._library.sequence_save(
             self.runtime.handle, self._handle, ids.ctypes.data, len(ids), value, ctypes.byref(saved)
@@ -365,7 +365,7 @@ class Sequence:
     @property
     def report(self) -> dict[str, Any]:
         """What the last :meth:`step` or :meth:`attend` of this sequence did."""
-        return _as_dict(self._report)
+        return _abi.as_dict(self._report)
 
     def stats(self) -> dict[str, int]:
         """What this sequence occupies, by tier."""
@@ -373,7 +373,7 @@ class Sequence:
         self._library.get_sequence_stats(
             self.runtime.handle, self._handle, ctypes.byref(found)
         )
-        return _as_dict(found)
+        return _abi.as_dict(found)
 
     def free(self) -> None:
         """Gives back what no other sequence shares. A second call, or one after the runtime was
@@ -392,25 +392,3 @@ class Sequence:
         trace: TracebackType | None,
     ) -> None:
         self.free()
-
-
-def _token_ids(token_ids: Any) -> np.ndarray:
-    ids = np.asarray(token_ids)
-    if ids.ndim != 1:
-        raise InvalidArgument(f"token_ids has shape {list(ids.shape)}, expected [tokens]")
-    if len(ids) > 0:
-        if ids.dtype.kind not in "iu":
-            raise InvalidArgument(f"token_ids is {ids.dtype}, expected integers")
-        if ids.min() < 0 or ids.max() > 0xFFFFFFFF:
-            raise InvalidArgument("token_ids: an id is below 0 or beyond 32 bits")
-    return np.ascontiguousarray(ids, dtype=np.uint32)
-
-
-def _as_dict(struct: ctypes.Structure) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, kind in struct._fields_:  # type: ignore[misc]
-        if name == "struct_size":
-            continue
-        value = getattr(struct, name)
-        found[name] = _as_dict(value) if isinstance(value, ctypes.Structure) else value
-    return found
