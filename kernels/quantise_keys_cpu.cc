@@ -129,33 +129,21 @@ float round_up(DType dtype, float value) {
   return load_element(bytes, dtype, 0);
 }
 
-/// Four codes of every other byte of `eight`, side by side.
-std::uint64_t gather_codes(std::uint64_t eight, std::uint32_t bits) {
-  const std::uint64_t kept = eight & 0x000f000f000f000f;
-  const std::uint32_t step = 16 - bits;
-  const std::uint64_t all = kept | kept >> step | kept >> 2 * step | kept >> 3 * step;
-  return all & ((1u << 4 * bits) - 1);
-}
-
 /// Bytes [64][stride] into the tiles' lines.
 void pack_codes(const KeyCodes& codes, const std::uint8_t* from, std::size_t stride,
                 CodeLine* target) {
-  const std::size_t eights = codes.channels_per_line() / 8;
+  const std::size_t fours = codes.channels_per_line() / 4;
   for (std::size_t token = 0; token < KeyCodes::kRunTokens; ++token) {
     CodeLine* tile = target + token / KeyCodes::kTileTokens * codes.tile_lines();
     for (std::size_t line = 0; line < codes.tile_lines(); ++line) {
-      std::uint64_t even = 0;
-      std::uint64_t odd = 0;
-      for (std::size_t e = 0; e < eights; ++e) {
-        std::uint64_t eight;
-        std::memcpy(&eight, from + token * stride + (line * eights + e) * 8, sizeof(eight));
-        even |= gather_codes(eight, codes.bits) << e * 4 * codes.bits;
-        odd |= gather_codes(eight >> 8, codes.bits) << e * 4 * codes.bits;
+      std::uint32_t word = 0;
+      for (std::size_t n = 0; n < fours; ++n) {
+        std::uint32_t four;
+        std::memcpy(&four, from + token * stride + (line * fours + n) * 4, sizeof(four));
+        word |= four << n * codes.bits;
       }
-      const std::uint16_t words[2] = {static_cast<std::uint16_t>(even),
-                                      static_cast<std::uint16_t>(odd)};
-      std::memcpy(tile[line].bytes + token % KeyCodes::kTileTokens * sizeof(words), words,
-                  sizeof(words));
+      std::memcpy(tile[line].bytes + token % KeyCodes::kTileTokens * sizeof(word), &word,
+                  sizeof(word));
     }
   }
 }
@@ -209,10 +197,10 @@ void read_coded_key(const KeyCodes& codes, const CodeLine* run, std::uint32_t to
   const std::uint32_t place = token % KeyCodes::kTileTokens;
   for (std::uint32_t i = 0; i < codes.dim; ++i) {
     const std::uint32_t in_line = i % codes.channels_per_line();
-    std::uint16_t word;
-    std::memcpy(&word, tile[i / codes.channels_per_line()].bytes + 2 * (2 * place + in_line % 2),
-                sizeof(word));
-    const int code = (word >> (in_line / 2 * codes.bits)) & ((1 << codes.bits) - 1);
+    const auto byte = std::to_integer<std::uint32_t>(
+        tile[i / codes.channels_per_line()].bytes[4 * place + in_line % 4]);
+    const auto code =
+        static_cast<int>((byte >> in_line / 4 * codes.bits) & ((1u << codes.bits) - 1));
     // The step times the code can overflow where their sum with the smallest key does not.
     target[i] = static_cast<float>(double{load_element(scales, codes.dtype, codes.dim + i)} +
                                    double{load_element(scales, codes.dtype, i)} * code);

@@ -28,11 +28,11 @@ struct alignas(64) CodeLine {
 /// the range is covered. Keys closer together than 2^-120 are taken as equal.
 ///
 /// Layout of a run, in lines of 64 bytes: four tiles of 16 tokens, then [dim] steps, then [dim]
-/// smallest keys. A line of a tile is 32 words of 16 bits and holds 8 channels (16 with 2 bits) of
-/// its 16 tokens: word w belongs to token w / 2; its n-th code from the low end to channel
-/// 2 n + w % 2 of the line's channels. So a mask and a shift give pairs of channels of 16 tokens as
-/// 16-bit integers, in the order in which the pairwise multiply-add of every instruction set takes
-/// them; lanes are tokens, so sums need no shuffling at the end; and single tiles can be scored.
+/// smallest keys. A line of a tile is 16 words of 32 bits, one per token, and holds 8 channels (16
+/// with 2 bits): the n-th code from the low end of byte b belongs to channel 4 n + b of the line's
+/// channels. So a mask and a shift give four channels of 16 tokens as bytes, in the order in which
+/// multiply-adds of bytes take them; lanes are tokens, so sums need no shuffling at the end; and
+/// single tiles can be scored.
 /// This is a layout for CPUs; a GPU wants its own, in the order of its matrix fragments.
 struct KeyCodes {
   std::uint32_t bits = 4;  ///< 4 or 2.
@@ -79,11 +79,13 @@ struct CodedTask {
 };
 
 /// logits[q][t] = cap(scale * dot(queries[q], key[t])) with the key that the codes stand for.
-/// Once per run the steps are folded into the query, f = q * s, which is rounded to 15 bits and a
-/// sign relative to the largest |f|; integers from there on. So besides float32 rounding a logit is
-/// off by at most  scale * dim * (2^bits - 1) * largest |f| / 2^14  before the cap (a power of two
-/// scales f, so integers stay integers): with 4 bits and a dim of 128 an eighth of the largest |f|,
-/// where the codes themselves put a logit off by up to half of every |f|.
+/// Once per run the steps are folded into the query, f = q * s, which is rounded to 7 bits and a sign
+/// relative to the largest |f|; integers from there on, with codes counted from the middle of their
+/// range. So besides float32 rounding a logit is off by at most
+///   scale * dim * (2^bits - 1) * largest |f| / 500  before the cap.
+/// That is when every rounding errs the same way. As they fall, with 4 bits, a channel is off by
+/// 0.011 of the largest |f|, where the code itself puts it off by 0.29 of its own |f| (root mean
+/// squares; a quarter of it with 2 bits).
 /// The same bits on every instruction set but for the fold.
 /// Serial: the caller splits. Allocates nothing.
 void score_codes(const SoftmaxOptions& softmax, const CodedTask& task);

@@ -5,7 +5,6 @@
 #include "memory/check.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -29,10 +28,15 @@ constexpr std::size_t kMaxCodedChannels = KeyCodes::kDimMax + 16;
 /// Queries that are scored in one pass over the codes.
 constexpr std::size_t kCodedRows = 4;
 
-/// Queries folded with one run's steps: integers in [-32768, 32767] in pairs of channels, and
+/// What a folded query is rounded to: integers up to this, either way.
+constexpr float kFoldedLevels = 127.0f;
+/// A query whose largest product with a step is below this is taken as zero.
+constexpr float kLeastFolded = 0x1p-100f;
+
+/// Queries folded with one run's steps: integers in [-127, 127] in fours of channels, and
 /// logit = slope * (sum of code * folded) + offset.
 struct FoldedQueries {
-  alignas(64) std::int16_t folded[kCodedRows][kMaxCodedChannels];
+  alignas(64) std::int8_t folded[kCodedRows][kMaxCodedChannels];
   float slopes[kCodedRows];
   float offsets[kCodedRows];
 };
@@ -48,17 +52,6 @@ struct TileJob {
   std::size_t logit_stride = 0;
 };
 
-/// 2^exponent > `value`, as near as a power of two comes, between 2^-100 and 2^128.
-int exponent_above(float value) {
-  const auto biased = static_cast<int>(std::bit_cast<std::uint32_t>(value) >> 23 & 0xff);
-  return std::clamp(biased - 126, -100, 128);
-}
-
-/// For exponents of normal numbers.
-float power_of_two(int exponent) {
-  return std::bit_cast<float>(static_cast<std::uint32_t>(exponent + 127) << 23);
-}
-
 }  // namespace
 }  // namespace kvtier
 #endif
@@ -72,7 +65,7 @@ namespace {
 
 using IntTag = hn::ScalableTag<std::int32_t>;
 using IntVec = hn::Vec<IntTag>;
-using WordTag = hn::ScalableTag<std::uint16_t>;
+using WordTag = hn::ScalableTag<std::uint32_t>;
 using WordVec = hn::Vec<WordTag>;
 using ShortTag = hn::ScalableTag<std::int16_t>;
 /// Vectors in a line.
@@ -88,30 +81,45 @@ inline constexpr std::size_t kTileStep = 2;
 inline constexpr std::size_t kTileStep = 1;
 #endif
 
-/// Adds the products of both 16-bit halves of each lane: codes are not negative.
+/// Adds the products of the four bytes of each lane: of codes, which are not negative, with a
+/// folded query's.
 template <bool kVnni>
-HWY_INLINE IntVec add_pairs(IntVec sum, WordVec codes, IntVec pair) {
-  const IntTag d;
+HWY_INLINE IntVec add_fours(IntVec sum, WordVec codes, IntVec four) {
 #if HWY_TARGET == HWY_AVX3
   if constexpr (kVnni) {
     // As an intrinsic it would need a function of another instruction set, into which compilers
     // differ in what they inline.
-    asm("vpdpwssd %2, %1, %0" : "+v"(sum.raw) : "v"(codes.raw), "v"(pair.raw));
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum.raw) : "v"(codes.raw), "v"(four.raw));
     return sum;
   }
 #else
   static_assert(!kVnni);
 #endif
 #if HWY_ARCH_X86
+  // Bytes 0 and 2, then 1 and 3, as pairs of 16-bit integers.
+  const IntTag d;
+  const ShortTag ds;
+  const hn::RebindToUnsigned<ShortTag> du;
   IntVec unused = hn::Zero(d);
-  return hn::ReorderWidenMulAccumulate(d, hn::BitCast(ShortTag(), codes),
-                                       hn::BitCast(ShortTag(), pair), sum, unused);
+  const auto even = hn::And(hn::BitCast(du, codes), hn::Set(du, 0xff));
+  const auto odd = hn::ShiftRight<8>(hn::BitCast(du, codes));
+  const auto both = hn::BitCast(ds, four);
+  sum = hn::ReorderWidenMulAccumulate(d, hn::BitCast(ds, even),
+                                      hn::ShiftRight<8>(hn::ShiftLeft<8>(both)), sum, unused);
+  return hn::ReorderWidenMulAccumulate(d, hn::BitCast(ds, odd), hn::ShiftRight<8>(both), sum,
+                                       unused);
 #else
-  const IntVec both = hn::BitCast(d, codes);
-  const IntVec even = hn::And(both, hn::Set(d, 0xffff));
-  const IntVec odd = hn::ShiftRight<16>(both);
-  sum = hn::Add(sum, hn::Mul(even, hn::ShiftRight<16>(hn::ShiftLeft<16>(pair))));
-  return hn::Add(sum, hn::Mul(odd, hn::ShiftRight<16>(pair)));
+  const IntTag d;
+  const IntVec all = hn::BitCast(d, codes);
+  const IntVec byte = hn::Set(d, 0xff);
+  const auto add = [&](IntVec code, IntVec query) HWY_ATTR {
+    sum = hn::Add(sum, hn::Mul(hn::And(code, byte), hn::ShiftRight<24>(query)));
+  };
+  add(all, hn::ShiftLeft<24>(four));
+  add(hn::ShiftRight<8>(all), hn::ShiftLeft<16>(four));
+  add(hn::ShiftRight<16>(all), hn::ShiftLeft<8>(four));
+  add(hn::ShiftRight<24>(all), four);
+  return sum;
 #endif
 }
 
@@ -120,8 +128,8 @@ template <int kBits, bool kVnni, std::size_t kRows, std::size_t kTiles>
 HWY_INLINE void score_part(const TileJob& job, std::size_t part) {
   const IntTag di;
   const WordTag dw;
-  constexpr std::size_t kPairs = 16 / kBits;
-  const WordVec mask = hn::Set(dw, (1u << kBits) - 1);
+  constexpr std::size_t kFours = 8 / kBits;
+  const WordVec mask = hn::Set(dw, ((1u << kBits) - 1) * 0x01010101u);
   IntVec sums[kRows][kTiles];
   for (std::size_t r = 0; r < kRows; ++r) {
     for (std::size_t t = 0; t < kTiles; ++t) sums[r][t] = hn::Zero(di);
@@ -131,24 +139,25 @@ HWY_INLINE void score_part(const TileJob& job, std::size_t part) {
     for (std::size_t t = 0; t < kTiles; ++t) {
       const CodeLine& codes = job.tiles[t * job.tile_lines + line];
       words[t] = hn::Load(
-          dw, reinterpret_cast<const std::uint16_t*>(codes.bytes) + part * hn::MaxLanes(dw));
+          dw, reinterpret_cast<const std::uint32_t*>(codes.bytes) + part * hn::MaxLanes(dw));
       // Tiles side by side are more streams than the hardware follows by itself.
       if (part == 0) prefetch_line(job.next + t * job.tile_lines + line);
     }
-    // Unrolled, compilers move the masks of all pairs to the front and the sums to memory.
+    // Unrolled, compilers move the masks of all fours to the front and the sums to memory.
     HWY_UNROLL(1)
-    for (std::size_t n = 0; n < kPairs; ++n) {
+    for (std::size_t n = 0; n < kFours; ++n) {
       WordVec codes[kTiles];
       for (std::size_t t = 0; t < kTiles; ++t) {
+        // What the shift brings into a byte from the one above it is masked.
         codes[t] = hn::And(words[t], mask);
         words[t] = hn::ShiftRight<kBits>(words[t]);
       }
       for (std::size_t r = 0; r < kRows; ++r) {
-        std::int32_t pair;
-        std::memcpy(&pair, job.queries->folded[r] + 2 * (line * kPairs + n), sizeof(pair));
-        const IntVec both = hn::Set(di, pair);
+        std::int32_t channels;
+        std::memcpy(&channels, job.queries->folded[r] + 4 * (line * kFours + n), sizeof(channels));
+        const IntVec four = hn::Set(di, channels);
         for (std::size_t t = 0; t < kTiles; ++t) {
-          sums[r][t] = add_pairs<kVnni>(sums[r][t], codes[t], both);
+          sums[r][t] = add_fours<kVnni>(sums[r][t], codes[t], four);
         }
       }
     }
@@ -182,9 +191,8 @@ HWY_INLINE void score_tiles(const TileJob& job) {
     std::int32_t sums[kRows] = {};
     for (std::size_t line = 0; line < job.tile_lines; ++line) {
       for (std::size_t c = 0; c < 32 / kBits; ++c) {
-        std::uint16_t word;
-        std::memcpy(&word, job.tiles[line].bytes + 2 * (2 * token + c % 2), sizeof(word));
-        const int code = (word >> (c / 2 * kBits)) & ((1 << kBits) - 1);
+        const auto byte = std::to_integer<int>(job.tiles[line].bytes[4 * token + c % 4]);
+        const int code = (byte >> (c / 4 * kBits)) & ((1 << kBits) - 1);
         for (std::size_t r = 0; r < kRows; ++r) {
           sums[r] += code * job.queries->folded[r][line * (32 / kBits) + c];
         }
@@ -211,24 +219,32 @@ void cap_logits(float cap, float* logits, std::size_t count) {
 
 /// Folds `kRows` queries, padded with zeros to whole vectors, with a run's steps and smallest keys,
 /// each of which is converted once for all of them.
+///
+/// Rounding a folded query puts a dot off by the rounding times the code. Codes are therefore taken
+/// from the middle of their range: `offset` has the exact product with the middle, less what the
+/// rounded query makes of it.
 template <typename T, std::size_t kRows>
 void fold_queries(const KeyCodes& codes, float scale, const CodeLine* run, QueryRows queries,
                   FoldedQueries& result) {
   const FloatTag d;
-  alignas(64) float wide_steps[kMaxCodedChannels];
+  alignas(64) float products[kRows][kMaxCodedChannels];
   const auto* steps = reinterpret_cast<const T*>(run + KeyCodes::kRunTiles * codes.tile_lines());
   const T* least = steps + codes.dim;
+  const float middle = 0.5f * static_cast<float>((1u << codes.bits) - 1);
   FloatVec offsets[kCodedRows];
+  FloatVec rounded[kCodedRows];
   FloatVec largest[kRows];
   for (FloatVec& offset : offsets) offset = hn::Zero(d);
+  for (FloatVec& sum : rounded) sum = hn::Zero(d);
   for (FloatVec& most : largest) most = hn::Zero(d);
   const auto fold = [&](std::size_t i, FloatVec step, FloatVec smallest) HWY_ATTR {
-    hn::Store(step, d, wide_steps + i);
+    const FloatVec centre = hn::MulAdd(step, hn::Set(d, middle), smallest);
     HWY_UNROLL(4)
     for (std::size_t r = 0; r < kRows; ++r) {
       const FloatVec q = hn::Load(d, queries.data + r * queries.stride + i);
       const FloatVec product = hn::Mul(q, step);
-      offsets[r] = hn::MulAdd(q, smallest, offsets[r]);
+      hn::Store(product, d, products[r] + i);
+      offsets[r] = hn::MulAdd(q, centre, offsets[r]);
       largest[r] = hn::Max(largest[r], hn::Abs(product));
     }
   };
@@ -239,26 +255,29 @@ void fold_queries(const KeyCodes& codes, float scale, const CodeLine* run, Query
   if (kNeedsTail && i < codes.dim) {
     fold(i, load_tail_as_f32(steps + i), load_tail_as_f32(least + i));
   }
-  store_four_sums(offsets[0], offsets[1], offsets[2], offsets[3], result.offsets);
   // Adding it leaves a small number's integer part in the low bits of the sum, rounded to nearest.
   const FloatVec magic = hn::Set(d, 0x1.8p23f);
   const hn::RebindToSigned<FloatTag> di;
-  const hn::Rebind<std::int16_t, FloatTag> ds;
+  const hn::Rebind<std::int8_t, FloatTag> db;
   for (std::size_t r = 0; r < kRows; ++r) {
     const float top = hn::GetLane(hn::MaxOfLanes(d, largest[r]));
-    const int exponent = exponent_above(top);
-    result.offsets[r] *= scale;
-    result.slopes[r] = scale * power_of_two(exponent - 15);
+    result.slopes[r] = scale * (top / kFoldedLevels);
     // Integers would hide that a product overflowed.
     if (!std::isfinite(top)) result.slopes[r] = std::numeric_limits<float>::quiet_NaN();
-    const FloatVec up = hn::Set(d, power_of_two(15 - exponent));
+    const FloatVec up = hn::Set(d, top > kLeastFolded ? kFoldedLevels / top : 0.0f);
     for (std::size_t c = 0; c < codes.dim; c += kLanes) {
-      const FloatVec q = hn::Load(d, queries.data + r * queries.stride + c);
-      const FloatVec sum = hn::MulAdd(hn::Mul(q, hn::Load(d, wide_steps + c)), up, magic);
+      const FloatVec sum = hn::MulAdd(hn::Load(d, products[r] + c), up, magic);
+      rounded[r] = hn::Add(rounded[r], hn::Sub(sum, magic));
       const auto integers = hn::Sub(hn::BitCast(di, sum), hn::BitCast(di, magic));
-      // Saturates: rounding can end at 32768.
-      hn::StoreU(hn::DemoteTo(ds, integers), ds, result.folded[r] + c);
+      hn::StoreU(hn::DemoteTo(db, integers), db, result.folded[r] + c);
     }
+  }
+  float exact[kCodedRows];
+  float sums[kCodedRows];
+  store_four_sums(offsets[0], offsets[1], offsets[2], offsets[3], exact);
+  store_four_sums(rounded[0], rounded[1], rounded[2], rounded[3], sums);
+  for (std::size_t r = 0; r < kRows; ++r) {
+    result.offsets[r] = scale * exact[r] - result.slopes[r] * (middle * sums[r]);
   }
 }
 

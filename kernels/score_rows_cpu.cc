@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 // clang-format off
 #undef HWY_TARGET_INCLUDE
@@ -219,60 +218,6 @@ float cosine_of(const RowsView& rows, const std::byte* row, const std::byte* mea
   return 0.0f;
 }
 
-/// The largest of a row that is not empty.
-float top_of_row(std::span<const float> row) {
-  const FloatTag d;
-  if (row.size() < kLanes) return *std::max_element(row.begin(), row.end());
-  // Four at a time: one maximum would wait for the other. The last vector overlaps.
-  FloatVec tops[4];
-  for (FloatVec& top : tops) top = hn::LoadU(d, row.data());
-  std::size_t i = 0;
-  for (; i + 4 * kLanes <= row.size(); i += 4 * kLanes) {
-    for (std::size_t k = 0; k < 4; ++k) {
-      tops[k] = hn::Max(tops[k], hn::LoadU(d, row.data() + i + k * kLanes));
-    }
-  }
-  for (; i < row.size(); i += kLanes) {
-    tops[0] = hn::Max(tops[0], hn::LoadU(d, row.data() + std::min(i, row.size() - kLanes)));
-  }
-  return hn::GetLane(
-      hn::MaxOfLanes(d, hn::Max(hn::Max(tops[0], tops[1]), hn::Max(tops[2], tops[3]))));
-}
-
-/// Weights in place and their sum; `logits` holds at least one finite number.
-double exp_row(std::span<float> logits, float top) {
-  const FloatTag d;
-  const FloatVec shift = hn::Set(d, top);
-  // A few hundred terms of one lane are exact enough in float32; a hundred thousand are not.
-  constexpr std::size_t kFloatTerms = 256 * kLanes;
-  double sum = 0.0;
-  std::size_t i = 0;
-  while (i + kLanes <= logits.size()) {
-    const std::size_t end = std::min(logits.size(), i + kFloatTerms);
-    FloatVec weights = hn::Zero(d);
-    for (; i + kLanes <= end; i += kLanes) {
-      const FloatVec weight = hn::Exp(d, hn::Sub(hn::LoadU(d, logits.data() + i), shift));
-      hn::StoreU(weight, d, logits.data() + i);
-      weights = hn::Add(weights, weight);
-    }
-    sum += double{hn::GetLane(hn::SumOfLanes(d, weights))};
-  }
-  for (; i < logits.size(); ++i) {
-    logits[i] = std::exp(logits[i] - top);
-    sum += double{logits[i]};
-  }
-  return sum;
-}
-
-void multiply_row(std::span<float> row, float factor) {
-  const FloatTag d;
-  std::size_t i = 0;
-  for (; i + kLanes <= row.size(); i += kLanes) {
-    hn::StoreU(hn::Mul(hn::LoadU(d, row.data() + i), hn::Set(d, factor)), d, row.data() + i);
-  }
-  for (; i < row.size(); ++i) row[i] *= factor;
-}
-
 }  // namespace HWY_NAMESPACE
 }  // namespace kvtier
 HWY_AFTER_NAMESPACE();
@@ -283,9 +228,6 @@ namespace kvtier {
 HWY_EXPORT(score_slice);
 HWY_EXPORT(mean_of_group);
 HWY_EXPORT(cosine_of);
-HWY_EXPORT(top_of_row);
-HWY_EXPORT(exp_row);
-HWY_EXPORT(multiply_row);
 
 namespace {
 
@@ -345,19 +287,6 @@ Status score_rows(const SoftmaxOptions& softmax, const ScoreTask& task) {
     ({softmax, task, first, std::min(kSliceRows, task.row_count() - first)});
   }
   return {};
-}
-
-float softmax_row(std::span<float> logits) {
-  if (logits.empty()) return kEmptyLse;
-  const float top = HWY_DYNAMIC_DISPATCH(top_of_row)(logits);
-  if (top == kEmptyLse) {
-    // Every token is masked: no weights, rather than not-a-number.
-    std::fill(logits.begin(), logits.end(), 0.0f);
-    return kEmptyLse;
-  }
-  const double sum = HWY_DYNAMIC_DISPATCH(exp_row)(logits, top);
-  HWY_DYNAMIC_DISPATCH(multiply_row)(logits, static_cast<float>(1.0 / sum));
-  return static_cast<float>(double{top} + std::log(sum));
 }
 
 void mean_rows(const RowsView& rows, std::uint32_t rows_per_group, std::byte* target) {

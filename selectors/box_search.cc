@@ -8,6 +8,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 
@@ -29,6 +30,9 @@ BoxSearch::BoxSearch(const SelectorShape& shape, const BoxTree& tree, Options op
   questions_.resize(heads * rows_max * 2 * shape.head_dim);
   logits_.resize(heads * rows_max * kBoxBatch);
   offsets_.resize(heads * rows_max);
+  bounds_.resize(kBoxBatch);
+  begins_.resize(tree.leaves_max() / 64 + 1);
+  tile_at_.resize(tree.leaves_max() + 1);
   nodes_.reserve(tree.leaves_max());
   heap_.reserve(tree.nodes_max());
   taken_.reserve(tree.nodes_max());
@@ -146,7 +150,7 @@ void BoxSearch::begin(const BoxTree& tree, const Frontier* start) {
 /// offsets = log sum over the coarse tiling of tokens * exp(bound): at least the log of the mass.
 void BoxSearch::set_offsets(const BoxTree& tree) {
   const std::size_t rows = rows_ * shape_.heads_per_group;
-  std::fill_n(offsets_.begin(), rows, 0.0);
+  std::fill_n(offsets_.begin(), rows, 0.0f);
   if (shape_.reduction == GroupReduction::kMean || nodes_.empty()) return;
   for (std::size_t row = 0; row < rows; ++row) {
     const float* bounds = logits_.data() + row * kBoxBatch;
@@ -157,7 +161,7 @@ void BoxSearch::set_offsets(const BoxTree& tree) {
       const std::uint32_t leaves = tree.end_leaf(nodes_[i]) - tree.first_leaf(nodes_[i]);
       sum += static_cast<double>(leaves) * std::exp(double{bounds[i]} - top);
     }
-    offsets_[row] = top + std::log(sum * tree.leaf_tokens());
+    offsets_[row] = static_cast<float>(top + std::log(sum * tree.leaf_tokens()));
   }
 }
 
@@ -185,24 +189,24 @@ bool BoxSearch::look_at(const BoxTree& tree, std::span<const BoxTree::Node> node
   return finite;
 }
 
-float BoxSearch::bound_of(std::size_t column) const {
+/// One bound for each of the first columns of `logits_`.
+void BoxSearch::reduce_bounds(std::size_t columns) {
   const std::size_t rows = rows_ * shape_.heads_per_group;
-  const auto bound = [this, column](std::size_t row) {
-    return double{logits_[row * kBoxBatch + column]} - offsets_[row];
-  };
-  double top = bound(0);
-  double sum = 0.0;
-  for (std::size_t row = 0; row < rows; ++row) {
-    top = std::max(top, bound(row));
-    sum += bound(row);
+  const std::span bounds(bounds_.data(), columns);
+  if (shape_.reduction == GroupReduction::kSum) {
+    return log_sum_exp_columns(logits_.data(), kBoxBatch, std::span(offsets_).first(rows), bounds);
   }
-  if (shape_.reduction == GroupReduction::kMax) return static_cast<float>(top);
-  if (shape_.reduction == GroupReduction::kMean) {
-    return static_cast<float>(sum / static_cast<double>(rows));
+  for (std::size_t column = 0; column < columns; ++column) {
+    double top = -std::numeric_limits<double>::infinity();
+    double sum = 0.0;
+    for (std::size_t row = 0; row < rows; ++row) {
+      const double bound = double{logits_[row * kBoxBatch + column]} - double{offsets_[row]};
+      top = std::max(top, bound);
+      sum += bound;
+    }
+    bounds[column] = static_cast<float>(
+        shape_.reduction == GroupReduction::kMax ? top : sum / static_cast<double>(rows));
   }
-  sum = 0.0;
-  for (std::size_t row = 0; row < rows; ++row) sum += std::exp(bound(row) - top);
-  return static_cast<float>(top + std::log(sum));
 }
 
 /// Scores nodes and puts them behind the heap's array, in order.
@@ -210,9 +214,10 @@ bool BoxSearch::push(const BoxTree& tree, std::span<const BoxTree::Node> nodes, 
   while (!nodes.empty()) {
     const std::span batch = nodes.first(std::min(nodes.size(), kBoxBatch));
     if (!look_at(tree, batch)) return false;
+    reduce_bounds(batch.size());
     for (std::size_t i = 0; i < batch.size(); ++i) {
       // Dots are monotone to the bit; exp() and log() are so only nearly.
-      const float score = std::min(bound_of(i), at_most);
+      const float score = std::min(bounds_[i], at_most);
       if (!std::isfinite(score)) return false;
       heap_.push_back({score, batch[i], tree.level_of(batch[i]), tree.first_leaf(batch[i]), 0});
     }
@@ -271,10 +276,21 @@ void BoxSearch::take_what_was_found(const BoxTree& tree, const Question& questio
 /// What was chosen and what is left in the heap tile the context.
 void BoxSearch::leave_frontier(const BoxTree& tree, std::size_t limit) {
   heap_.insert(heap_.end(), taken_.begin(), taken_.end());
-  std::ranges::sort(heap_, {}, &Item::first_leaf);
-  for (const Item& item : heap_) {
+  // From left to right without sorting: a bit for every leaf that a tile begins at.
+  std::ranges::fill(begins_, 0);
+  for (std::uint32_t i = 0; i < heap_.size(); ++i) {
+    const std::uint32_t leaf = heap_[i].first_leaf;
     // The open leaf joins the tiling when it closes.
-    if (item.first_leaf < leaves_) next_.chunks.push_back({item.node, item.idle});
+    if (leaf >= leaves_) continue;
+    begins_[leaf / 64] |= std::uint64_t{1} << leaf % 64;
+    tile_at_[leaf] = i;
+  }
+  for (std::uint32_t word = 0; word < begins_.size(); ++word) {
+    for (std::uint64_t left = begins_[word]; left != 0; left &= left - 1) {
+      const std::uint32_t leaf = word * 64 + static_cast<std::uint32_t>(std::countr_zero(left));
+      const Item& item = heap_[tile_at_[leaf]];
+      next_.chunks.push_back({item.node, item.idle});
+    }
   }
   next_.leaves = leaves_;
   merge_siblings(tree, options_.merge_after);

@@ -83,7 +83,7 @@ class BoxSearch {
   void begin(const BoxTree& tree, const Frontier* start);
   void set_offsets(const BoxTree& tree);
   bool look_at(const BoxTree& tree, std::span<const BoxTree::Node> nodes);
-  float bound_of(std::size_t column) const;
+  void reduce_bounds(std::size_t columns);
   bool search(const BoxTree& tree, const Question& question, std::uint64_t tokens,
               std::size_t limit);
   bool open(const BoxTree& tree, const Item& item);
@@ -99,10 +99,14 @@ class BoxSearch {
   std::uint32_t first_head_ = 0;
   std::vector<float> questions_;  ///< [KV heads of the group, rows, 2 head_dim]
   std::vector<float> logits_;     ///< [KV heads of the group, rows, batch]
-  std::vector<double> offsets_;   ///< [KV heads of the group, rows]
+  std::vector<float> offsets_;    ///< [KV heads of the group, rows]
+  std::vector<float> bounds_;     ///< [batch]: of the nodes last looked at, reduced over the rows.
   std::vector<BoxTree::Node> nodes_;
   std::vector<Item> heap_;
   std::vector<Item> taken_;  ///< From the heap into the answer.
+  /// To put tiles in order: a bit where one begins, and which it is.
+  std::vector<std::uint64_t> begins_;
+  std::vector<std::uint32_t> tile_at_;
   std::vector<RankedRange> best_;
   Frontier next_;
   std::uint32_t leaves_ = 0;  ///< Tiled ones of this question.

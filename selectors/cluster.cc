@@ -131,26 +131,31 @@ void Cluster::rank(const Call& call, std::uint32_t head_group) {
   const std::span<const float> scores(group.scores.data(), step.entries());
   const std::uint32_t budget = far_budget_tokens(shape_, step.request);
   std::uint64_t left = std::uint64_t{budget} + step.request.band_tokens;
-  // Every entry but the empty ones brings at least a token.
-  const std::size_t enough =
-      static_cast<std::size_t>(std::min<std::uint64_t>(scores.size(), left + group.empty));
   const auto push = [&](std::uint32_t token, float score) {
     result.ranked.push_back(
         {BlockIndex(token / shape_.tokens_per_block), token % shape_.tokens_per_block, 1, score});
     --left;
   };
-  for (const std::uint32_t e : top_k(scores, enough, groups_[head_group].order)) {
-    if (left == 0) break;
-    if (e >= step.clusters) {
-      push(step.singles_begin + (e - step.clusters), scores[e]);
-      continue;
-    }
-    const std::uint32_t begin = index_.segment_begin(e);
-    const auto size = static_cast<std::size_t>(group.sizes[e]);
-    for (const std::uint16_t member : index_.members(head_group, e).first(size)) {
+  // An entry brings as many tokens as the others do, more or less; if that is less, more of them.
+  std::uint64_t entries = left * scores.size() / step.region.tokens() + group.empty + 16;
+  for (std::size_t done = 0; left > 0 && done < scores.size(); entries *= 2) {
+    const std::size_t enough =
+        static_cast<std::size_t>(std::min<std::uint64_t>(scores.size(), entries));
+    const auto best = top_k(scores, enough, groups_[head_group].order);
+    for (const std::uint32_t e : best.subspan(done)) {
       if (left == 0) break;
-      push(begin + member, scores[e]);
+      if (e >= step.clusters) {
+        push(step.singles_begin + (e - step.clusters), scores[e]);
+        continue;
+      }
+      const std::uint32_t begin = index_.segment_begin(e);
+      const auto size = static_cast<std::size_t>(group.sizes[e]);
+      for (const std::uint16_t member : index_.members(head_group, e).first(size)) {
+        if (left == 0) break;
+        push(begin + member, scores[e]);
+      }
     }
+    done = enough;
   }
   result.chosen = static_cast<std::uint32_t>(std::min<std::size_t>(result.ranked.size(), budget));
   if (shape_.reduction == GroupReduction::kMean) return;

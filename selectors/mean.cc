@@ -259,19 +259,26 @@ void MeanLandmarks::spread_over_blocks(const Step& step, Group& group) {
   const std::uint32_t per_group = rows_.group_tokens();
   const std::uint32_t per_block = shape_.tokens_per_block;
   const bool mean = shape_.reduction == GroupReduction::kMean;
+  // Both walk along the context: a division per block would cost more than the rest.
   std::uint32_t t = step.region.begin;
-  for (std::uint32_t b = 0; b < step.blocks; ++b) {
+  std::uint32_t block_end = (t / per_block + 1) * per_block;
+  std::uint32_t landmark = step.landmarks.begin;
+  std::uint32_t landmark_end = (landmark + 1) * per_group;
+  for (std::uint32_t b = 0; b < step.blocks; ++b, block_end += per_block) {
     const std::uint32_t begin = t;
-    const std::uint32_t end = std::min((t / per_block + 1) * per_block, step.region.end);
+    const std::uint32_t end = std::min(block_end, step.region.end);
     float score = 0.0f;
     while (t < end) {
-      const std::uint32_t landmark = t / per_group;
-      const std::uint32_t next = std::min(end, (landmark + 1) * per_group);
+      const std::uint32_t next = std::min(end, landmark_end);
       const float of_all = group.landmark_scores[landmark - step.landmarks.begin];
-      const auto tokens = static_cast<float>(next - t);
       const std::uint32_t stands_for = mean ? end - begin : rows_.tokens_in(landmark);
-      score += of_all * (tokens / static_cast<float>(stands_for));
+      score += next - t == stands_for
+                   ? of_all
+                   : of_all * (static_cast<float>(next - t) / static_cast<float>(stands_for));
       t = next;
+      if (t < landmark_end) continue;
+      ++landmark;
+      landmark_end += per_group;
     }
     group.block_scores[b] = score;
   }

@@ -182,13 +182,12 @@ TEST(ScoreCodes, AgreesWithTheReferenceOnEveryShapeTypeAndInstructionSet) {
               size += std::abs(query) * 51.0;
             }
             // The stated rounding of the folded query, and float32's of sums of products.
-            bound =
-                double{softmax.scale} * codes.dim * ((1u << codes.bits) - 1) * largest * 0x1p-14;
+            bound = double{softmax.scale} * codes.dim * ((1u << codes.bits) - 1) * largest / 500.0;
             of_floats =
                 double{softmax.scale} * size * codes.dim * 0x1p-24 + 8 * 0x1p-24 * double{cap};
           }
-          // What is lost here is a small part of what coding the keys may lose.
-          ASSERT_LE(std::abs(double{logits[i]} - double{expected[i]}), of_codes / 16.0 + of_floats);
+          // What is lost here is a part of what coding the keys may lose.
+          ASSERT_LE(std::abs(double{logits[i]} - double{expected[i]}), of_codes / 2.0 + of_floats);
           ASSERT_LE(std::abs(double{logits[i]} - double{expected[i]}), bound + of_floats)
               << i << ", dim " << codes.dim << ", bits " << codes.bits << ", queries " << queries
               << " " << target;
@@ -198,13 +197,13 @@ TEST(ScoreCodes, AgreesWithTheReferenceOnEveryShapeTypeAndInstructionSet) {
   }
 }
 
-// A power of two scales the folded query, so with integers nothing is rounded at all.
+// A query whose largest product is 127 is folded into integers as it is: nothing is rounded at all.
 TEST(ScoreCodes, IntegersAreExact) {
   const KeyCodes codes{4, 128, DType::kBF16};
   Coded coded(codes, 1);
   std::vector<float> query(128);
   std::vector<float> expected(kRun, 0.0f);
-  for (std::uint32_t i = 0; i < 128; ++i) query[i] = float(int(i * 37 % 201) - 100);
+  for (std::uint32_t i = 0; i < 128; ++i) query[i] = float(int(i * 37 % 255) - 127);
   for (std::size_t t = 0; t < kRun; ++t) {
     for (std::uint32_t i = 0; i < 128; ++i) {
       const auto key = static_cast<float>((t * 7 + i) % 16) - 5.0f;

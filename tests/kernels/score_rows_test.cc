@@ -238,5 +238,29 @@ TEST(MinCosineToMean, AZeroVectorHasCosineZero) {
   EXPECT_EQ(least[0], 0.0f);
 }
 
+TEST(LogSumExpColumns, AgreesWithFloat64OnEveryInstructionSet) {
+  const std::vector<float> logits = random_floats(3 * 48, 6);
+  const std::vector<float> offsets = {0.5f, -20.0f, 30.0f};
+  for (const std::string& target : simd_targets()) {
+    const ScopedSimdTarget use(target);
+    for (const std::size_t rows : {1u, 3u}) {
+      for (const std::size_t columns : {1u, 4u, 16u, 37u}) {
+        std::vector<float> found(columns + 1, 7.0f);
+        log_sum_exp_columns(logits.data(), 48, std::span(offsets).first(rows),
+                            std::span(found).first(columns));
+        for (std::size_t c = 0; c < columns; ++c) {
+          double sum = 0.0;
+          for (std::size_t r = 0; r < rows; ++r) {
+            sum += std::exp(double{logits[r * 48 + c]} - double{offsets[r]});
+          }
+          // exp and log to two units, offsets and result rounded.
+          EXPECT_NEAR(double{found[c]}, std::log(sum), 8 * 0x1p-24 * 33) << target;
+        }
+        EXPECT_EQ(found[columns], 7.0f) << "written behind the end";
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace kvtier

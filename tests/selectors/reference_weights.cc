@@ -148,6 +148,13 @@ void make_codes_exact(Context& context, const SelectorShape& shape) {
     }
   }
   for (float& element : context.queries()) element = std::round(element * 8.0f) / 8.0f;
+  // Scoring rounds a query to 127 steps of its largest element: here to eighths.
+  const std::size_t stride = context.request(0, 0).query_stride;
+  for (std::size_t q = 0; (q + 1) * stride <= context.queries().size(); ++q) {
+    for (std::uint32_t head = 0; head < shape.query_heads(); ++head) {
+      context.queries()[q * stride + std::size_t{head} * shape.head_dim] = 127.0f / 8.0f;
+    }
+  }
 }
 
 }  // namespace kvtier::testing
