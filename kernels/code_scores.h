@@ -1,7 +1,6 @@
 #pragma once
 
 #include "kernels/kv_view.h"
-#include "kernels/worker_pool.h"
 #include "memory/status.h"
 
 #include <cstddef>
@@ -46,16 +45,18 @@ struct CodeTask {
   const float* queries = nullptr;  ///< [queries, dim]
   std::size_t query_stride = 0;
   std::uint32_t query_count = 0;
-  /// Scratch of `code_table_size` floats: [groups of four queries, parts, 256, 4], so that one load
-  /// finds what a code is worth to four queries.
+  /// `code_table_size` floats: [groups of four queries, parts, 256, 4], so that one load finds what
+  /// a code is worth to four queries.
   float* tables = nullptr;
   float* logits = nullptr;  ///< [queries, rows]
   std::size_t logit_stride = 0;
 };
 
-/// logits[q][r] = cap(softmax.scale * sum over parts of dot(query part, centroid)).
-/// Splits the rows over the workers; the result does not depend on their number. No allocation.
-void score_codes(const SoftmaxOptions& softmax, const CodeTask& task, WorkerPool& pool);
+/// Fills the tables for the queries, whatever the rows.
+void fill_code_tables(const CodeTask& task);
+/// logits[q][r] = cap(softmax.scale * sum over parts of dot(query part, centroid)), by the tables
+/// that were filled for these queries. Serial: the caller splits the rows. No allocation.
+void score_codes(const SoftmaxOptions& softmax, const CodeTask& task);
 /// Obvious float64 loops without tables, for tests.
 void score_codes_reference(const SoftmaxOptions& softmax, const CodeTask& task);
 

@@ -15,25 +15,6 @@
 #include "kernels/simd_rows-inl.h"
 // clang-format on
 
-#ifndef KVTIER_KERNELS_CODE_SCORES_CPU_ONCE_
-#define KVTIER_KERNELS_CODE_SCORES_CPU_ONCE_
-namespace kvtier {
-namespace {
-
-constexpr std::size_t kCodeSliceRows = 1024;
-
-/// Rows [first, first + count) of one task.
-struct CodeSlice {
-  const SoftmaxOptions& softmax;
-  const CodeTask& task;
-  std::size_t first;
-  std::size_t count;
-};
-
-}  // namespace
-}  // namespace kvtier
-#endif
-
 HWY_BEFORE_NAMESPACE();
 namespace kvtier {
 namespace HWY_NAMESPACE {
@@ -128,16 +109,16 @@ HWY_INLINE void sum_codes(const std::uint8_t* codes, std::size_t parts, const fl
 
 #if HWY_MAX_BYTES >= 16
 /// The same for four rows at a time, as four rows of logits; returns the rows done.
-HWY_INLINE std::size_t sum_four_rows(const CodeSlice& slice, const float* table, float* logits,
-                                     std::size_t queries) {
+HWY_INLINE std::size_t sum_four_rows(float scale, const CodeTask& task, const float* table,
+                                     float* logits, std::size_t queries) {
   const hn::FixedTag<float, 4> d;
   const hn::RepartitionToWide<decltype(d)> wide;
-  const std::size_t parts = slice.task.codebook.parts;
-  const std::size_t stride = slice.task.logit_stride;
-  const auto scale = hn::Set(d, slice.softmax.scale);
+  const std::size_t parts = task.codebook.parts;
+  const std::size_t stride = task.logit_stride;
+  const auto factor = hn::Set(d, scale);
   std::size_t r = 0;
-  for (; r + 4 <= slice.count; r += 4) {
-    const std::uint8_t* codes = slice.task.codes + (slice.first + r) * parts;
+  for (; r + 4 <= task.rows; r += 4) {
+    const std::uint8_t* codes = task.codes + r * parts;
     auto a = hn::Zero(d), b = hn::Zero(d), c = hn::Zero(d), e = hn::Zero(d);
     for (std::size_t p = 0; p < parts; ++p) {
       const float* worth = table + p * kCodeCentroids * 4;
@@ -151,7 +132,7 @@ HWY_INLINE std::size_t sum_four_rows(const CodeSlice& slice, const float* table,
     const auto ab_upper = hn::BitCast(wide, hn::InterleaveUpper(d, a, b));
     const auto ce_upper = hn::BitCast(wide, hn::InterleaveUpper(d, c, e));
     const auto store = [&](std::size_t q, auto row) HWY_ATTR {
-      if (q < queries) hn::StoreU(hn::Mul(hn::BitCast(d, row), scale), d, logits + q * stride + r);
+      if (q < queries) hn::StoreU(hn::Mul(hn::BitCast(d, row), factor), d, logits + q * stride + r);
     };
     store(0, hn::InterleaveLower(wide, ab, ce));
     store(1, hn::InterleaveUpper(wide, ab, ce));
@@ -161,28 +142,28 @@ HWY_INLINE std::size_t sum_four_rows(const CodeSlice& slice, const float* table,
   return r;
 }
 #else
-HWY_INLINE std::size_t sum_four_rows(const CodeSlice&, const float*, float*, std::size_t) {
+HWY_INLINE std::size_t sum_four_rows(float, const CodeTask&, const float*, float*, std::size_t) {
   return 0;
 }
 #endif
 
-/// Sums of one slice's codes for four queries, into the first `queries` rows of logits.
-void score_codes_slice(const CodeSlice& slice, const float* table, float* logits,
-                       std::size_t queries) {
-  const CodeTask& task = slice.task;
+/// Sums of the codes for four queries, into the first `queries` rows of logits.
+void score_codes_slice(const SoftmaxOptions& softmax, const CodeTask& task, const float* table,
+                       float* logits, std::size_t queries) {
   const std::size_t parts = task.codebook.parts;
   float four[4];
-  for (std::size_t r = sum_four_rows(slice, table, logits, queries); r < slice.count; ++r) {
-    sum_codes(task.codes + (slice.first + r) * parts, parts, table, four);
+  for (std::size_t r = sum_four_rows(softmax.scale, task, table, logits, queries); r < task.rows;
+       ++r) {
+    sum_codes(task.codes + r * parts, parts, table, four);
     for (std::size_t q = 0; q < queries; ++q) {
-      logits[q * task.logit_stride + r] = four[q] * slice.softmax.scale;
+      logits[q * task.logit_stride + r] = four[q] * softmax.scale;
     }
   }
-  const float cap = slice.softmax.logit_cap;
+  const float cap = softmax.logit_cap;
   if (cap <= 0.0f) return;
   for (std::size_t q = 0; q < queries; ++q) {
     float* row = logits + q * task.logit_stride;
-    for (std::size_t r = 0; r < slice.count; ++r) row[r] = cap * std::tanh(row[r] / cap);
+    for (std::size_t r = 0; r < task.rows; ++r) row[r] = cap * std::tanh(row[r] / cap);
   }
 }
 
@@ -204,7 +185,7 @@ void nearest_codes(const CodebookView& codebook, const float* rows, std::size_t 
   HWY_DYNAMIC_DISPATCH(nearest_codes_of)(codebook, rows, count, codes);
 }
 
-void score_codes(const SoftmaxOptions& softmax, const CodeTask& task, WorkerPool& pool) {
+void fill_code_tables(const CodeTask& task) {
   constexpr std::uint32_t kMaxDim = 1024;
   KVTIER_CHECK(task.codebook.dim <= kMaxDim, "rows of {}, at most {}", task.codebook.dim, kMaxDim);
   const std::size_t table_size = code_table_size(4, task.codebook.parts);
@@ -219,22 +200,15 @@ void score_codes(const SoftmaxOptions& softmax, const CodeTask& task, WorkerPool
     HWY_DYNAMIC_DISPATCH(fill_code_table)
     (task.codebook, elements, task.tables + query / 4 * table_size);
   }
-  struct Context {
-    const SoftmaxOptions& softmax;
-    const CodeTask& task;
-    std::size_t table_size;
-  } context{softmax, task, table_size};
-  pool.run((task.rows + kCodeSliceRows - 1) / kCodeSliceRows, [&context](std::size_t i) {
-    const CodeTask& all = context.task;
-    const std::size_t first = i * kCodeSliceRows;
-    const CodeSlice slice{context.softmax, all, first, std::min(kCodeSliceRows, all.rows - first)};
-    for (std::size_t query = 0; query < all.query_count; query += 4) {
-      HWY_DYNAMIC_DISPATCH(score_codes_slice)
-      (slice, all.tables + query / 4 * context.table_size,
-       all.logits + query * all.logit_stride + first,
-       std::min<std::size_t>(4, all.query_count - query));
-    }
-  });
+}
+
+void score_codes(const SoftmaxOptions& softmax, const CodeTask& task) {
+  const std::size_t table_size = code_table_size(4, task.codebook.parts);
+  for (std::size_t query = 0; query < task.query_count; query += 4) {
+    HWY_DYNAMIC_DISPATCH(score_codes_slice)
+    (softmax, task, task.tables + query / 4 * table_size, task.logits + query * task.logit_stride,
+     std::min<std::size_t>(4, task.query_count - query));
+  }
 }
 
 }  // namespace kvtier

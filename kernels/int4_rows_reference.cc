@@ -7,8 +7,9 @@ namespace kvtier {
 
 void score_int4_reference(const SoftmaxOptions& softmax, const Int4Task& task) {
   std::vector<float> row(task.rows.dim);
-  for (std::size_t r = 0; r < task.rows.rows; ++r) {
-    dequantise_int4(task.rows.words + r * int4_words(task.rows.dim), task.rows.scales[r], row);
+  for (std::uint32_t r = 0; r < task.rows.rows; ++r) {
+    dequantise_int4(task.rows.tiles + r / Int4Rows::kTileRows * int4_tile_lines(task.rows.dim),
+                    r % Int4Rows::kTileRows, task.rows.scales[r], row);
     for (std::size_t q = 0; q < task.query_count; ++q) {
       double dot = task.offsets == nullptr ? 0.0 : double{task.offsets[q]};
       for (std::size_t i = 0; i < row.size(); ++i) {

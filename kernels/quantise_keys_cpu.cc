@@ -133,14 +133,16 @@ float round_up(DType dtype, float value) {
 void pack_codes(const KeyCodes& codes, const std::uint8_t* from, std::size_t stride,
                 CodeLine* target) {
   const std::size_t fours = codes.channels_per_line() / 4;
+  const std::size_t all = codes.dim / 4;
   for (std::size_t token = 0; token < KeyCodes::kRunTokens; ++token) {
     CodeLine* tile = target + token / KeyCodes::kTileTokens * codes.tile_lines();
     for (std::size_t line = 0; line < codes.tile_lines(); ++line) {
       std::uint32_t word = 0;
-      for (std::size_t n = 0; n < fours; ++n) {
-        std::uint32_t four;
-        std::memcpy(&four, from + token * stride + (line * fours + n) * 4, sizeof(four));
-        word |= four << n * codes.bits;
+      for (std::size_t n = 0; n < fours && line * fours + n < all; ++n) {
+        for (std::size_t b = 0; b < 4; ++b) {
+          const std::uint32_t code = from[token * stride + b * all + line * fours + n];
+          word |= code << (8 * b + n * codes.bits);
+        }
       }
       std::memcpy(tile[line].bytes + token % KeyCodes::kTileTokens * sizeof(word), &word,
                   sizeof(word));
@@ -196,11 +198,12 @@ void read_coded_key(const KeyCodes& codes, const CodeLine* run, std::uint32_t to
   const CodeLine* tile = run + token / KeyCodes::kTileTokens * codes.tile_lines();
   const std::uint32_t place = token % KeyCodes::kTileTokens;
   for (std::uint32_t i = 0; i < codes.dim; ++i) {
-    const std::uint32_t in_line = i % codes.channels_per_line();
-    const auto byte = std::to_integer<std::uint32_t>(
-        tile[i / codes.channels_per_line()].bytes[4 * place + in_line % 4]);
+    const std::uint32_t four = i % (codes.dim / 4);
+    const std::uint32_t fours = codes.channels_per_line() / 4;
+    const auto byte =
+        std::to_integer<std::uint32_t>(tile[four / fours].bytes[4 * place + i / (codes.dim / 4)]);
     const auto code =
-        static_cast<int>((byte >> in_line / 4 * codes.bits) & ((1u << codes.bits) - 1));
+        static_cast<int>((byte >> four % fours * codes.bits) & ((1u << codes.bits) - 1));
     // The step times the code can overflow where their sum with the smallest key does not.
     target[i] = static_cast<float>(double{load_element(scales, codes.dtype, codes.dim + i)} +
                                    double{load_element(scales, codes.dtype, i)} * code);

@@ -29,10 +29,12 @@ struct alignas(64) CodeLine {
 ///
 /// Layout of a run, in lines of 64 bytes: four tiles of 16 tokens, then [dim] steps, then [dim]
 /// smallest keys. A line of a tile is 16 words of 32 bits, one per token, and holds 8 channels (16
-/// with 2 bits): the n-th code from the low end of byte b belongs to channel 4 n + b of the line's
-/// channels. So a mask and a shift give four channels of 16 tokens as bytes, in the order in which
-/// multiply-adds of bytes take them; lanes are tokens, so sums need no shuffling at the end; and
-/// single tiles can be scored.
+/// with 2 bits). The channels of a token are dim / 4 fours: four n has channels n, n + dim / 4,
+/// n + dim / 2 and n + 3 dim / 4, one in each byte of a word, and the fours of a line lie in its
+/// words from the low end of each byte up. So a mask and a shift give a four of 16 tokens as bytes,
+/// in the order in which multiply-adds of bytes take them; a query is brought into that order
+/// without shuffling; lanes are tokens, so sums need none at the end; and single tiles can be
+/// scored.
 /// This is a layout for CPUs; a GPU wants its own, in the order of its matrix fragments.
 struct KeyCodes {
   std::uint32_t bits = 4;  ///< 4 or 2.
@@ -79,9 +81,9 @@ struct CodedTask {
 };
 
 /// logits[q][t] = cap(scale * dot(queries[q], key[t])) with the key that the codes stand for.
-/// Once per run the steps are folded into the query, f = q * s, which is rounded to 7 bits and a sign
-/// relative to the largest |f|; integers from there on, with codes counted from the middle of their
-/// range. So besides float32 rounding a logit is off by at most
+/// Once per run the steps are folded into the query, f = q * s, which is rounded to 7 bits and a
+/// sign relative to the largest |f|; integers from there on, with codes counted from the middle of
+/// their range. So besides float32 rounding a logit is off by at most
 ///   scale * dim * (2^bits - 1) * largest |f| / 500  before the cap.
 /// That is when every rounding errs the same way. As they fall, with 4 bits, a channel is off by
 /// 0.011 of the largest |f|, where the code itself puts it off by 0.29 of its own |f| (root mean

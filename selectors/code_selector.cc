@@ -17,7 +17,8 @@ Result<CodeSelector::Options> CodeSelector::Options::parse(const SelectorParamet
 CodeSelector::CodeSelector(const SelectorShape& shape, const Options& options)
     : FarSelector(shape),
       keys_(shape, options.bits),
-      scores_(shape, keys_.runs_max(), options.tail ? options.value_tokens : 0) {
+      logits_(shape),
+      scores_(shape, {.value_tokens = options.tail ? options.value_tokens : 0}) {
   if (options.tail) {
     values_.emplace(shape, GroupRows::Options{options.value_tokens, /*of_values=*/true});
   }
@@ -43,6 +44,13 @@ std::uint32_t CodeSelector::truncate_floor(std::uint32_t position) const {
     if (values_) floor = values_->truncate_floor(floor);
     if (floor == position) return floor;
   }
+}
+
+Status CodeSelector::rank(const Question& question, const CoarseTokens* coarse,
+                          std::span<GroupSelection> selection, WorkerPool& pool) {
+  logits_.use(keys_, coarse);
+  KVTIER_RETURN_IF_ERROR(scores_.compute(question.request, keys_.tokens(), logits_, pool));
+  return scores_.rank(question.request, selection, pool);
 }
 
 Status CodeSelector::estimate_rest(const SelectRequest& request,

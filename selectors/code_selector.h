@@ -1,6 +1,7 @@
 #pragma once
 
 #include "selectors/coded_keys.h"
+#include "selectors/coded_logits.h"
 #include "selectors/families.h"
 #include "selectors/far_selector.h"
 #include "selectors/group_rows.h"
@@ -50,11 +51,15 @@ class CodeSelector : public FarSelector {
 
   std::uint32_t tokens_seen() const override { return keys_.tokens(); }
   const CodedKeys& keys() const { return keys_; }
-  TokenScores& scores() { return scores_; }
+  CodedLogits& logits() { return logits_; }
+  /// Weighs every token, those of tiles that `coarse` leaves out by their group, and ranks blocks.
+  Status rank(const Question& question, const CoarseTokens* coarse,
+              std::span<GroupSelection> selection, WorkerPool& pool);
 
  private:
   CodedKeys keys_;
   std::optional<GroupRows> values_;
+  CodedLogits logits_;
   TokenScores scores_;
 };
 

@@ -3,13 +3,15 @@
 #include "selectors/families.h"
 #include "selectors/far_selector.h"
 #include "selectors/seen_tokens.h"
-#include "selectors/token_votes.h"
+#include "selectors/token_scores.h"
 
 #include <fmt/format.h>
 
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <numeric>
+#include <vector>
 
 namespace kvtier {
 namespace {
@@ -47,14 +49,15 @@ class Int4Keys final : public FarSelector, private TokenLogits {
                        : static_cast<float>(options.threshold)),
         tokens_(shape.tokens_max),
         row_bytes_(shape.head_dim * size_of(shape.dtype)),
-        row_words_(int4_words(shape.head_dim)),
+        tile_lines_(int4_tile_lines(shape.head_dim)),
+        tiles_max_(shape.tokens_max / Int4Rows::kTileRows + 1),
         first_tokens_(shape.sinks + kMeanTokens),
         first_keys_(std::size_t{shape.kv_heads} * first_tokens_ * row_bytes_),
         means_(std::size_t{shape.kv_heads} * shape.head_dim),
-        words_(std::size_t{shape.kv_heads} * shape.tokens_max * row_words_),
+        tiles_(std::size_t{shape.kv_heads} * tiles_max_ * tile_lines_),
         scales_(std::size_t{shape.kv_heads} * shape.tokens_max),
         row_(shape.head_dim),
-        votes_(shape) {}
+        scores_(shape, {.threshold = threshold_}) {}
 
   void append(const NewTokens& tokens) override {
     const std::uint32_t before = tokens_.count();
@@ -86,7 +89,14 @@ class Int4Keys final : public FarSelector, private TokenLogits {
     for (std::uint32_t head = 0; head < shape().kv_heads; ++head) {
       writer.put_array(first_keys_.part(std::size_t{head} * first_tokens_ * row_bytes_,
                                         first_count() * row_bytes_));
-      writer.put_array(words_.part(row(head, 0) * row_words_, coded() * row_words_));
+      writer.put_array(tiles_.part(tile(head, 0), coded() / kTile * tile_lines_));
+      for (std::size_t t = coded() / kTile * kTile; t < coded(); ++t) {
+        for (std::size_t line = 0; line < tile_lines_; ++line) {
+          std::uint32_t word;
+          std::memcpy(&word, word_at(head, t, line), sizeof(word));
+          writer.put(word);
+        }
+      }
       writer.put_array(scales_.part(row(head, 0), coded()));
     }
   }
@@ -97,7 +107,15 @@ class Int4Keys final : public FarSelector, private TokenLogits {
       KVTIER_RETURN_IF_ERROR(reader.get_exactly(first_keys_.part(
           std::size_t{head} * first_tokens_ * row_bytes_, first_count() * row_bytes_)));
       KVTIER_RETURN_IF_ERROR(
-          reader.get_exactly(words_.part(row(head, 0) * row_words_, coded() * row_words_)));
+          reader.get_exactly(tiles_.part(tile(head, 0), coded() / kTile * tile_lines_)));
+      for (std::size_t t = coded() / kTile * kTile; t < coded(); ++t) {
+        for (std::size_t line = 0; line < tile_lines_; ++line) {
+          std::uint32_t word = 0;
+          KVTIER_RETURN_IF_ERROR(reader.get(word));
+          std::memcpy(tiles_.data()[tile(head, t) + line].bytes + t % kTile * sizeof(word), &word,
+                      sizeof(word));
+        }
+      }
       KVTIER_RETURN_IF_ERROR(reader.get_exactly(scales_.part(row(head, 0), coded())));
     }
     if (coded() > 0) average();
@@ -107,7 +125,7 @@ class Int4Keys final : public FarSelector, private TokenLogits {
   /// Codes and scales of the tokens, the means, and the first keys.
   std::size_t metadata_bytes() const override {
     return std::size_t{shape().kv_heads} *
-           (tokens_.count() * (row_words_ + 1) * sizeof(std::uint16_t) +
+           (tokens_.count() * (shape().head_dim / 2 + sizeof(std::uint16_t)) +
             shape().head_dim * sizeof(float) + first_count() * row_bytes_);
   }
 
@@ -119,15 +137,20 @@ class Int4Keys final : public FarSelector, private TokenLogits {
       code_first();
       provisional_ = tokens_.count();
     }
-    KVTIER_RETURN_IF_ERROR(votes_.count(question.request, tokens_.count(),
-                                        {.everyone = true, .threshold = threshold_}, *this, "int4",
-                                        pool));
-    votes_.rank(question.request, threshold_, selection, pool);
-    return {};
+    KVTIER_RETURN_IF_ERROR(scores_.compute(question.request, tokens_.count(), *this, pool));
+    return scores_.rank(question.request, selection, pool);
   }
 
   static constexpr std::uint32_t kMeanTokens = 256;
+  static constexpr std::uint32_t kTile = Int4Rows::kTileRows;
 
+  /// Where the tile of a token begins, its part of a line, and its scale.
+  std::size_t tile(std::uint32_t head, std::size_t token) const {
+    return (std::size_t{head} * tiles_max_ + token / kTile) * tile_lines_;
+  }
+  const std::byte* word_at(std::uint32_t head, std::size_t token, std::size_t line) const {
+    return tiles_.data()[tile(head, token) + line].bytes + token % kTile * sizeof(std::uint32_t);
+  }
   std::size_t row(std::uint32_t head, std::uint32_t token) const {
     return std::size_t{head} * shape().tokens_max + token;
   }
@@ -169,44 +192,51 @@ class Int4Keys final : public FarSelector, private TokenLogits {
     for (std::uint32_t i = 0; i < shape().head_dim; ++i) {
       row_[i] = load_element(key, shape().dtype, i) - mean[i];
     }
-    quantise_int4(row_, words_.data() + row(head, token) * row_words_, scales_[row(head, token)]);
+    quantise_int4(row_, token % kTile, tiles_.data() + tile(head, token),
+                  scales_[row(head, token)]);
   }
 
-  Status compute(std::uint32_t kv_head, const float* queries, std::uint32_t rows,
-                 std::uint32_t tokens, float* target, std::size_t stride,
-                 WorkerPool& pool) override {
-    const float* mean = means_.data() + std::size_t{kv_head} * shape().head_dim;
-    for (std::uint32_t r = 0; r < rows; ++r) {
-      offsets_[r] = 0.0f;
-      for (std::uint32_t i = 0; i < shape().head_dim; ++i) {
-        offsets_[r] += queries[std::size_t{r} * shape().head_dim + i] * mean[i];
-      }
+  /// What the mean takes from every token of a head, per query.
+  Status prepare(const SelectRequest&, const float* queries, std::uint32_t rows, std::uint32_t,
+                 WorkerPool&) override {
+    rows_ = rows;
+    const std::size_t dim = shape().head_dim;
+    offsets_.resize(std::max<std::size_t>(offsets_.size(), std::size_t{shape().kv_heads} * rows));
+    for (std::size_t i = 0; i < std::size_t{shape().kv_heads} * rows; ++i) {
+      const float* mean = means_.data() + i / rows * dim;
+      offsets_[i] = std::inner_product(mean, mean + dim, queries + i * dim, 0.0f);
     }
-    const Int4Task task{.rows = {words_.data() + row(kv_head, 0) * row_words_,
-                                 scales_.data() + row(kv_head, 0), tokens, shape().head_dim},
-                        .queries = queries,
-                        .query_stride = shape().head_dim,
-                        .query_count = rows,
-                        .offsets = offsets_,
-                        .logits = target,
-                        .logit_stride = stride};
-    return score_int4(shape().softmax, std::span(&task, 1), pool);
+    return {};
+  }
+  void fill(const TokenPiece& piece) override {
+    score_int4(shape().softmax,
+               {.rows = {tiles_.data() + tile(piece.head, piece.first_token),
+                         scales_.data() + row(piece.head, piece.first_token),
+                         piece.end_token - piece.first_token, shape().head_dim},
+                .queries = piece.queries,
+                .query_stride = shape().head_dim,
+                .query_count = piece.rows,
+                .offsets = offsets_.data() + std::size_t{piece.head} * rows_ + piece.first_row,
+                .logits = piece.logits,
+                .logit_stride = kCellRowTokens});
   }
 
   float threshold_;
   SeenTokens tokens_;
   std::size_t row_bytes_;
-  std::size_t row_words_;
+  std::size_t tile_lines_;
+  std::size_t tiles_max_;
   std::uint32_t first_tokens_;
   FixedArray<std::byte> first_keys_;  ///< [KV heads, first_tokens, head_dim]
   std::vector<float> means_;          ///< [KV heads, head_dim]
-  FixedArray<std::uint16_t> words_;   ///< [KV heads, tokens_max, row_words]
+  FixedArray<CodeLine> tiles_;        ///< [KV heads, tiles_max, tile_lines]
   FixedArray<std::uint16_t> scales_;  ///< [KV heads, tokens_max]
   /// Tokens that were coded with a mean that is not final yet; 0: none.
   std::uint32_t provisional_ = 0;
   std::vector<float> row_;
-  float offsets_[128] = {};
-  TokenVotes votes_;
+  std::vector<float> offsets_;  ///< [KV heads, rows]
+  std::uint32_t rows_ = 0;
+  TokenScores scores_;
 };
 
 }  // namespace

@@ -23,8 +23,7 @@ class Scan final : public CodeSelector {
  private:
   Status answer(const Question& question, std::span<GroupSelection> selection,
                 WorkerPool& pool) override {
-    KVTIER_RETURN_IF_ERROR(scores().compute(question.request, keys(), nullptr, pool));
-    return scores().rank(question.request, selection, pool);
+    return rank(question, nullptr, selection, pool);
   }
 };
 

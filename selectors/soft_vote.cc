@@ -3,13 +3,16 @@
 #include "selectors/far_selector.h"
 #include "selectors/key_frame.h"
 #include "selectors/question_log.h"
+#include "selectors/rank_blocks.h"
 #include "selectors/seen_tokens.h"
-#include "selectors/token_votes.h"
+#include "selectors/token_scores.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <numeric>
+#include <vector>
 
 namespace kvtier {
 namespace {
@@ -48,7 +51,7 @@ class SoftVote final : public FarSelector, private TokenLogits {
  public:
   SoftVote(const SelectorShape& shape, SoftVoteOptions options)
       : FarSelector(shape),
-        voting_shape_(shape),
+        groups_(options.share_layer ? 1 : shape.head_groups()),
         options_(options),
         tokens_(shape.tokens_max),
         frame_(shape, options.unrotated, kSoftVoteDistance),
@@ -58,9 +61,10 @@ class SoftVote final : public FarSelector, private TokenLogits {
         turned_(asked_.size()),
         pooled_(options.pool > 1 ? shape.tokens_max : 0),
         refreshes_(kSoftVoteRefreshes, asked_.size()),
-        votes_(voting_shape(shape, options)) {
-    voting_shape_ = voting_shape(shape, options);
-  }
+        scores_(voting_shape(shape, options), {.everyone = false}),
+        votes_(std::size_t{groups_} * shape.tokens_max),
+        block_scores_(std::size_t{groups_} * blocks_max()),
+        order_(block_scores_.size()) {}
 
   void append(const NewTokens& tokens) override {
     tokens_.append(tokens);
@@ -103,15 +107,21 @@ class SoftVote final : public FarSelector, private TokenLogits {
   }
 
   std::size_t metadata_bytes() const override {
-    return tokens_.count() * (shape().kv_heads * row_bytes_ +
-                              std::size_t{voting_shape_.head_groups()} * sizeof(float)) +
+    return tokens_.count() *
+               (shape().kv_heads * row_bytes_ + std::size_t{groups_} * sizeof(float)) +
            refreshes_.bytes();
   }
 
  private:
+  /// Votes are of single tokens, and of the whole layer where it shares one set.
   static SelectorShape voting_shape(SelectorShape shape, const SoftVoteOptions& options) {
+    shape.tokens_per_block = 1;
     if (options.share_layer) shape.heads_per_group = shape.kv_heads;
     return shape;
+  }
+  std::uint32_t blocks_max() const { return shape().tokens_max / shape().tokens_per_block + 1; }
+  std::span<float> votes(std::size_t group) {
+    return votes_.part(group * shape().tokens_max, shape().tokens_max);
   }
   std::size_t key_offset(std::uint32_t head, std::uint32_t position) const {
     return (std::size_t{head} * shape().tokens_max + position) * row_bytes_;
@@ -134,21 +144,28 @@ class SoftVote final : public FarSelector, private TokenLogits {
   double similarity() const;
   Status count_votes(std::span<const float> query, std::uint32_t position, WorkerPool& pool);
   void pool_votes(std::span<float> votes);
+  void rank(const Question& question, std::uint32_t group, GroupSelection& result);
 
-  Status compute(std::uint32_t kv_head, const float* queries, std::uint32_t rows,
-                 std::uint32_t tokens, float* target, std::size_t stride,
-                 WorkerPool& pool) override {
-    const ScoreTask task{.rows = {keys_.data() + key_offset(kv_head, 0), tokens, shape().head_dim,
-                                  row_bytes_, shape().dtype},
-                         .queries = queries,
-                         .query_stride = shape().head_dim,
-                         .query_count = rows,
-                         .logits = target,
-                         .logit_stride = stride};
-    return score_rows(shape().softmax, std::span(&task, 1), pool);
+  Status prepare(const SelectRequest&, const float*, std::uint32_t rows, std::uint32_t,
+                 WorkerPool&) override {
+    // No rows: whether there could be some.
+    return score_rows(shape().softmax,
+                      {.rows = {nullptr, 0, shape().head_dim, row_bytes_}, .query_count = rows});
+  }
+  void fill(const TokenPiece& piece) override {
+    const Status status = score_rows(
+        shape().softmax,
+        {.rows = {keys_.data() + key_offset(piece.head, piece.first_token),
+                  piece.end_token - piece.first_token, shape().head_dim, row_bytes_, shape().dtype},
+         .queries = piece.queries,
+         .query_stride = shape().head_dim,
+         .query_count = piece.rows,
+         .logits = piece.logits,
+         .logit_stride = kCellRowTokens});
+    KVTIER_CHECK(status.ok(), "{}", status.to_string());
   }
 
-  SelectorShape voting_shape_;  ///< With the head groups that share votes.
+  std::uint32_t groups_;  ///< That vote apart.
   SoftVoteOptions options_;
   SeenTokens tokens_;
   KeyFrame frame_;
@@ -158,7 +175,10 @@ class SoftVote final : public FarSelector, private TokenLogits {
   std::vector<float> turned_;
   FixedArray<float> pooled_;
   QuestionLog refreshes_;  ///< Mean queries that votes were counted for.
-  TokenVotes votes_;
+  TokenScores scores_;
+  FixedArray<float> votes_;          ///< [groups, tokens_max]
+  std::vector<float> block_scores_;  ///< [groups, blocks_max]
+  std::vector<std::uint32_t> order_;
   bool counted_ = false;           ///< `votes_` are those of the newest refresh,
   std::uint32_t counted_end_ = 0;  ///< for the far tokens to here.
 };
@@ -186,12 +206,19 @@ Status SoftVote::answer(const Question& question, std::span<GroupSelection> sele
   }
   // Nobody voted for those that have left the window since. Logits can be negative, weights cannot.
   const bool mean = shape().reduction == GroupReduction::kMean;
-  for (std::uint32_t group = 0; group < voting_shape_.head_groups(); ++group) {
-    const std::span<float> votes = votes_.votes(group);
-    std::fill(votes.begin() + std::min(counted_end_, region.end), votes.begin() + region.end,
+  for (std::uint32_t group = 0; group < groups_; ++group) {
+    const std::span<float> all = votes(group);
+    std::fill(all.begin() + std::min(counted_end_, region.end), all.begin() + region.end,
               mean ? -1e30f : 0.0f);
   }
-  votes_.rank(request, 0.0f, selection.first(voting_shape_.head_groups()), pool);
+  struct Call {
+    SoftVote& self;
+    const Question& question;
+    std::span<GroupSelection> selection;
+  } call{*this, question, selection};
+  pool.run(groups_, [&call](std::size_t group) {
+    call.self.rank(call.question, static_cast<std::uint32_t>(group), call.selection[group]);
+  });
   if (!options_.share_layer) return {};
   for (GroupSelection& group : selection.subspan(1)) {
     // Assigned part by part, so that the room of `ranked` stays.
@@ -228,15 +255,46 @@ Status SoftVote::count_votes(std::span<const float> query, std::uint32_t positio
                              WorkerPool& pool) {
   const SelectRequest request{
       .queries = query.data(), .query_stride = query.size(), .first_position = position};
-  KVTIER_RETURN_IF_ERROR(
-      votes_.count(request, tokens_.count(), {.everyone = false}, *this, "soft-vote", pool));
-  const FarRegion region = FarRegion::of(shape(), position);
-  counted_end_ = region.end;
+  KVTIER_RETURN_IF_ERROR(scores_.compute(request, tokens_.count(), *this, pool));
+  counted_end_ = FarRegion::of(shape(), position).end;
+  pool.run(groups_, [this](std::size_t group) {
+    const std::span<const float> scores = scores_.score_group(static_cast<std::uint32_t>(group));
+    const std::span<float> target =
+        votes(group).subspan(counted_end_ - scores.size(), scores.size());
+    std::ranges::copy(scores, target.begin());
+  });
   if (options_.pool == 1) return {};
-  for (std::uint32_t group = 0; group < voting_shape_.head_groups(); ++group) {
-    pool_votes(votes_.votes(group).subspan(region.begin, region.tokens()));
+  const FarRegion region = FarRegion::of(shape(), position);
+  for (std::uint32_t group = 0; group < groups_; ++group) {
+    pool_votes(votes(group).subspan(region.begin, region.tokens()));
   }
   return {};
+}
+
+void SoftVote::rank(const Question& question, std::uint32_t group, GroupSelection& result) {
+  const FarRegion region = question.region;
+  const std::uint32_t per_block = shape().tokens_per_block;
+  const bool mean = shape().reduction == GroupReduction::kMean;
+  const std::size_t scratch = std::size_t{group} * blocks_max();
+  const std::span scores(block_scores_.data() + scratch, block_count(region, per_block));
+  const float* of_tokens = votes(group).data();
+  double mass = 0.0;
+  std::uint32_t begin = region.begin;
+  for (float& score : scores) {
+    const std::uint32_t end = std::min((begin / per_block + 1) * per_block, region.end);
+    score = std::accumulate(of_tokens + begin, of_tokens + end, 0.0f);
+    mass += double{score};
+    if (mean) score /= static_cast<float>(end - begin);
+    begin = end;
+  }
+  rank_blocks({.scores = scores,
+               .always = {},
+               .region = region,
+               .tokens_per_block = per_block,
+               .far_budget_tokens = far_budget_tokens(shape(), question.request),
+               .band_tokens = question.request.band_tokens},
+              std::span(order_).subspan(scratch, scores.size()), result);
+  if (!mean) result.mass = static_cast<float>(mass);
 }
 
 /// Each vote becomes the largest of those around it.

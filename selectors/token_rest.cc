@@ -26,7 +26,7 @@ double TokenScores::rest_of_row(std::uint32_t head, std::uint32_t row) {
   const float* scales = slice_scales(head, row);
   const std::vector<std::uint8_t>& chosen = chosen_[head / shape_.heads_per_group];
   float* rest = rest_.data() + row_index(head, row) * groups_max_;
-  const std::uint32_t per_group = value_tokens_ / cell_tokens_;
+  const std::uint32_t per_group = options_.value_tokens / cell_tokens_;
   const std::uint32_t end = (region_.end - 1) / cell_tokens_ + 1;
   double sum = 0.0;
   for (std::uint32_t cell = region_.begin / cell_tokens_; cell < end;) {
@@ -34,7 +34,7 @@ double TokenScores::rest_of_row(std::uint32_t head, std::uint32_t row) {
     const std::uint32_t group_end = std::min(end, (group + 1) * per_group);
     float of_group = 0.0f;
     for (; cell < group_end; ++cell) of_group += chosen[cell] != 0 ? 0.0f : weights[cell];
-    of_group *= scales[group * value_tokens_ / kSliceTokens];
+    of_group *= scales[group * options_.value_tokens / kSliceTokens];
     rest[group] = of_group;
     sum += double{of_group};
   }
@@ -43,8 +43,8 @@ double TokenScores::rest_of_row(std::uint32_t head, std::uint32_t row) {
 
 void TokenScores::estimate_head(const SelectRequest& request, const GroupRows& values,
                                 StatesView target, std::uint32_t head) {
-  const std::uint32_t first = region_.begin / value_tokens_;
-  const std::uint32_t count = (region_.end - 1) / value_tokens_ + 1 - first;
+  const std::uint32_t first = region_.begin / options_.value_tokens;
+  const std::uint32_t count = (region_.end - 1) / options_.value_tokens + 1 - first;
   const std::uint32_t heads = shape_.queries_per_kv_head;
   for (std::uint32_t q = 0; q < request.query_count; ++q) {
     const std::size_t target_row =

@@ -1,12 +1,12 @@
 #include "selectors/token_scores.h"
 
-#include "kernels/weigh_cells.h"
-#include "selectors/rank_blocks.h"
+#include "selectors/step_logits.h"
 
 #include <fmt/format.h>
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <numeric>
 
 namespace kvtier {
@@ -18,30 +18,29 @@ float sum_of(std::span<const float> values) {
 
 }  // namespace
 
-TokenScores::TokenScores(const SelectorShape& shape, std::uint32_t runs_max,
-                         std::uint32_t value_tokens)
+TokenScores::TokenScores(const SelectorShape& shape, const Options& options)
     : shape_(shape),
-      value_tokens_(value_tokens),
-      cell_tokens_(
-          std::gcd(shape.tokens_per_block, value_tokens == 0 ? kSliceTokens : value_tokens)),
+      options_(options),
+      // One of them must pass by itself.
+      cell_tokens_(options.threshold > 0.0f
+                       ? 1
+                       : std::gcd(shape.tokens_per_block,
+                                  options.value_tokens == 0 ? kSliceTokens : options.value_tokens)),
       cells_max_(shape.tokens_max / cell_tokens_ + 1),
       slices_max_(shape.tokens_max / kSliceTokens + 1),
-      groups_max_(value_tokens == 0 ? 0 : shape.tokens_max / value_tokens + 1),
-      sink_logits_(shape, shape.kv_heads, std::min(shape.sinks, shape.tokens_max)),
-      open_logits_(shape, shape.kv_heads, KeyCodes::kRunTokens),
-      views_(shape.kv_heads),
+      groups_max_(options.value_tokens == 0 ? 0 : shape.tokens_max / options.value_tokens + 1),
       task_finite_(std::size_t{shape.kv_heads} * slices_max_),
       logits_(shape.reduction == GroupReduction::kMean ? std::size_t{shape.kv_heads} * cells_max_
                                                        : 0),
       block_scores_(shape.head_groups()),
       head_scores_(shape.head_groups()),
       order_(shape.head_groups()),
-      chosen_(value_tokens == 0 ? 0 : shape.head_groups()) {
-  KVTIER_CHECK(value_tokens == 0 || kSliceTokens % value_tokens == 0,
-               "value groups of {} tokens, expected a power of two up to {}", value_tokens,
+      chosen_(options.value_tokens == 0 ? 0 : shape.head_groups()) {
+  KVTIER_CHECK(options.value_tokens == 0 || kSliceTokens % options.value_tokens == 0,
+               "value groups of {} tokens, expected a power of two up to {}", options.value_tokens,
                kSliceTokens);
-  KVTIER_CHECK(runs_max <= shape.tokens_max / KeyCodes::kRunTokens, "{} runs of {} tokens",
-               runs_max, shape.tokens_max);
+  KVTIER_CHECK(options.everyone || options.value_tokens == 0,
+               "an estimate of the rest from weights of the far tokens alone");
   const std::size_t blocks_max = shape.tokens_max / shape.tokens_per_block + 1;
   for (std::uint32_t i = 0; i < shape.head_groups(); ++i) {
     block_scores_[i].resize(blocks_max);
@@ -60,6 +59,7 @@ void TokenScores::reserve_rows(std::uint32_t rows) {
   cells_ = FixedArray<float>(all * cells_max_);
   slices_ = FixedArray<float>(all * slices_max_);
   lse_ = FixedArray<float>(all);
+  floors_ = FixedArray<float>(options_.threshold > 0.0f ? all : 0);
   rest_ = FixedArray<float>(all * groups_max_);
 }
 
@@ -74,33 +74,20 @@ void TokenScores::pack_queries(const SelectRequest& request) {
   }
 }
 
-Status TokenScores::score_exact(const SelectRequest& request, const CodedKeys& keys,
-                                WorkerPool& pool) {
-  const std::uint32_t visible =
-      std::min(request.first_position + request.query_count, keys.tokens());
-  for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) views_[head] = keys.sinks(head);
-  sink_count_ = static_cast<std::uint32_t>(views_[0].rows);
-  KVTIER_RETURN_IF_ERROR(sink_logits_.compute(request, 0, views_, pool));
-  open_first_ = keys.coded_tokens();
-  if (visible <= open_first_) return {};
-  for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
-    views_[head] = keys.open(head, visible);
-  }
-  return open_logits_.compute(request, 0, views_, pool);
-}
-
-Status TokenScores::compute(const SelectRequest& request, const CodedKeys& keys,
-                            const CoarseTokens* coarse, WorkerPool& pool) {
+Status TokenScores::compute(const SelectRequest& request, std::uint32_t tokens, TokenLogits& source,
+                            WorkerPool& pool) {
   region_ = FarRegion::of(shape_, request.first_position);
-  KVTIER_CHECK(region_.end <= keys.tokens(), "tokens to {} are to be ranked, {} were appended",
-               region_.end, keys.tokens());
-  visible_ = std::min(request.first_position + request.query_count, keys.tokens());
+  first_position_ = request.first_position;
+  KVTIER_CHECK(region_.end <= tokens, "tokens to {} are to be ranked, {} were appended",
+               region_.end, tokens);
+  visible_ = options_.everyone ? std::min(request.first_position + request.query_count, tokens)
+                               : region_.end;
   reserve_rows(request.query_count * shape_.queries_per_kv_head);
   pack_queries(request);
-  if (coarse == nullptr) KVTIER_RETURN_IF_ERROR(score_exact(request, keys, pool));
+  KVTIER_RETURN_IF_ERROR(source.prepare(request, packed_.data(), rows_, visible_, pool));
   slice_count_ = (visible_ + kSliceTokens - 1) / kSliceTokens;
   const std::uint32_t tasks = shape_.kv_heads * slice_count_;
-  Step step{request, keys, coarse, tasks};
+  Step step{request, source, tasks};
   // Two pointers: small enough that std::function keeps them without allocating.
   pool.run((tasks + kTaskSlices - 1) / kTaskSlices, [this, &step](std::size_t i) {
     const std::uint32_t first = static_cast<std::uint32_t>(i) * kTaskSlices;
@@ -123,10 +110,10 @@ Status TokenScores::compute(const SelectRequest& request, const CodedKeys& keys,
 void TokenScores::weigh_slice(const Step& step, std::uint32_t task) {
   alignas(64) float logits[kPieceRows * kSliceTokens];
   const std::uint32_t first = task % slice_count_ * kSliceTokens;
-  Piece piece{.head = task / slice_count_,
-              .first_token = first,
-              .end_token = std::min(first + kSliceTokens, visible_),
-              .logits = logits};
+  TokenPiece piece{.head = task / slice_count_,
+                   .first_token = first,
+                   .end_token = std::min(first + kSliceTokens, visible_),
+                   .logits = logits};
   if (shape_.reduction == GroupReduction::kMean) {
     const std::size_t cell = first / cell_tokens_;
     std::fill_n(logits_.data() + piece.head * std::size_t{cells_max_} + cell,
@@ -136,135 +123,48 @@ void TokenScores::weigh_slice(const Step& step, std::uint32_t task) {
   for (std::uint32_t row = 0; row < rows_; row += kPieceRows) {
     piece.first_row = row;
     piece.rows = std::min(kPieceRows, rows_ - row);
-    fill_logits(step, piece);
-    for (std::uint32_t r = 0; r < piece.rows; ++r) finite = weigh_row(step, piece, r) && finite;
+    piece.queries = packed_.data() + row_index(piece.head, row) * shape_.head_dim;
+    step.source.fill(piece);
+    for (std::uint32_t r = 0; r < piece.rows; ++r) {
+      finite = weigh_row(step.request, piece, r) && finite;
+    }
   }
   task_finite_[task] = finite ? 1 : 0;
 }
 
-void TokenScores::fill_logits(const Step& step, const Piece& piece) {
-  const CodedKeys& keys = step.keys;
-  const std::uint32_t first_run = piece.first_token / KeyCodes::kRunTokens;
-  const std::uint32_t end_run =
-      std::min(keys.runs(), (piece.end_token + KeyCodes::kRunTokens - 1) / KeyCodes::kRunTokens);
-  if (first_run < end_run) {
-    const std::uint8_t* tiles = nullptr;
-    if (step.coarse != nullptr) {
-      tiles = step.coarse->tiles[piece.head / shape_.heads_per_group].data() + first_run;
-      fill_coarse(step, piece, tiles, end_run - first_run);
-    }
-    score_codes(
-        shape_.softmax,
-        {.codes = keys.codes(),
-         .runs = keys.run(piece.head, first_run),
-         .run_count = end_run - first_run,
-         .tiles = tiles,
-         .queries = packed_.data() + row_index(piece.head, piece.first_row) * shape_.head_dim,
-         .query_stride = shape_.head_dim,
-         .query_count = piece.rows,
-         .logits = piece.logits,
-         .logit_stride = kSliceTokens,
-         .goes_on = end_run < keys.runs()});
-  }
-  const std::uint32_t sinks_end = std::min(sink_count_, piece.end_token);
-  const std::uint32_t open_first = std::max(open_first_, piece.first_token);
-  for (std::uint32_t r = 0; r < piece.rows; ++r) {
-    float* logits = piece.logits + r * kSliceTokens;
-    const std::uint32_t row = piece.first_row + r;
-    if (piece.first_token < sinks_end) {
-      const std::span<const float> exact = sink_logits_.row(piece.head, row, sink_count_);
-      std::ranges::copy(exact.subspan(piece.first_token, sinks_end - piece.first_token), logits);
-    }
-    if (open_first < piece.end_token) {
-      const std::span<const float> exact =
-          open_logits_.row(piece.head, row, visible_ - open_first_);
-      std::ranges::copy(exact.subspan(open_first - open_first_, piece.end_token - open_first),
-                        logits + (open_first - piece.first_token));
-    }
-  }
-}
-
-namespace {
-
-/// The logits of the groups that fill a tile, each as often as it has tokens.
-template <std::uint32_t kPerGroup>
-void repeat(const float* groups, float* logits) {
-  for (std::uint32_t g = 0; g < KeyCodes::kTileTokens / kPerGroup; ++g) {
-    for (std::uint32_t t = 0; t < kPerGroup; ++t) logits[g * kPerGroup + t] = groups[g];
-  }
-}
-
-using Repeat = void (*)(const float* groups, float* logits);
-
-/// Null where groups do not fill a tile evenly.
-Repeat repeat_for(std::uint32_t per_group) {
-  switch (per_group) {
-    case 1: return repeat<1>;
-    case 2: return repeat<2>;
-    case 4: return repeat<4>;
-    case 8: return repeat<8>;
-    case 16: return repeat<16>;
-    default: return nullptr;
-  }
-}
-
-}  // namespace
-
-/// Gives the tokens of tiles that are not scored the logit of their group.
-void TokenScores::fill_coarse(const Step& step, const Piece& piece, const std::uint8_t* tiles,
-                              std::uint32_t runs) {
-  const std::uint32_t per_group = step.coarse->group_tokens;
-  const Repeat whole_tile =
-      piece.first_token % KeyCodes::kTileTokens == 0 ? repeat_for(per_group) : nullptr;
-  for (std::uint32_t r = 0; r < piece.rows; ++r) {
-    const std::span<const float> groups =
-        step.coarse->logits->row(piece.head, piece.first_row + r, step.coarse->groups);
-    float* logits = piece.logits + r * kSliceTokens;
-    for (std::uint32_t tile = 0; tile < runs * KeyCodes::kRunTiles; ++tile) {
-      if ((tiles[tile / KeyCodes::kRunTiles] >> tile % KeyCodes::kRunTiles) & 1) continue;
-      const std::uint32_t end = (tile + 1) * KeyCodes::kTileTokens;
-      if (whole_tile != nullptr && (piece.first_token + end) / per_group <= groups.size()) {
-        const std::uint32_t first = end - KeyCodes::kTileTokens;
-        whole_tile(groups.data() + (piece.first_token + first) / per_group, logits + first);
-        continue;
-      }
-      for (std::uint32_t t = tile * KeyCodes::kTileTokens; t < end;) {
-        const std::uint32_t group = (piece.first_token + t) / per_group;
-        const std::uint32_t next = std::min(end, (group + 1) * per_group - piece.first_token);
-        // The last run can reach beyond what the queries see, and so beyond the groups.
-        const float logit = group < groups.size() ? groups[group] : 0.0f;
-        std::fill(logits + t, logits + next, logit);
-        t = next;
-      }
-    }
-  }
-}
-
 /// Turns a row of logits into weights and adds them up per cell. False if one is not finite.
-bool TokenScores::weigh_row(const Step& step, const Piece& piece, std::uint32_t r) {
+bool TokenScores::weigh_row(const SelectRequest& request, const TokenPiece& piece,
+                            std::uint32_t r) {
   const std::uint32_t row = piece.first_row + r;
+  float* logits = piece.logits + r * kSliceTokens;
   float& lse = slice_scales(piece.head, row)[piece.first_token / kSliceTokens];
   // Causality: a draft's earlier query does not see the later tokens.
   const std::uint32_t query = row / shape_.queries_per_kv_head;
-  const std::uint32_t sees = std::min(step.request.first_position + query + 1, piece.end_token);
-  if (sees <= piece.first_token) {
+  const std::uint32_t sees = std::min(request.first_position + query + 1, piece.end_token);
+  const std::uint32_t begin = std::max(piece.first_token, region_.begin);
+  const std::uint32_t end = std::min(piece.end_token, region_.end);
+  if (sees <= piece.first_token || (!options_.everyone && begin >= end)) {
     lse = kEmptyLse;
     return true;
   }
-  CellRow cells_of_row{.logits = piece.logits + r * kSliceTokens,
+  if (!options_.everyone) {
+    // No infinity, and so small that its weight is none.
+    std::fill(logits, logits + (begin - piece.first_token), std::numeric_limits<float>::lowest());
+  }
+  CellRow cells_of_row{.logits = logits,
                        .count = sees - piece.first_token,
                        .cell_tokens = cell_tokens_,
                        .cells = cells(piece.head, row) + piece.first_token / cell_tokens_};
-  const std::uint32_t begin = std::max(piece.first_token, region_.begin);
-  const std::uint32_t end = std::min(piece.end_token, region_.end);
-  if (begin < end) {
+  if (options_.threshold > 0.0f) {
+    cells_of_row.end = cells_of_row.count;
+  } else if (begin < end) {
     cells_of_row.begin = begin - piece.first_token;
     cells_of_row.end = end - piece.first_token;
   }
   if (shape_.reduction == GroupReduction::kMean) {
     float* sums = logits_.data() + piece.head * std::size_t{cells_max_};
     for (std::uint32_t t = begin; t < end; ++t) {
-      sums[t / cell_tokens_] += cells_of_row.logits[t - piece.first_token];
+      sums[t / cell_tokens_] += logits[t - piece.first_token];
     }
   }
   lse = weigh_cells(cells_of_row);
@@ -280,6 +180,40 @@ void TokenScores::scale_row(std::uint32_t head, std::uint32_t row) {
   const double total = double{top} + std::log(sum);
   for (float& lse : slices) lse = static_cast<float>(std::exp(double{lse} - total));
   lse_[row_index(head, row)] = static_cast<float>(total);
+  if (options_.threshold > 0.0f) set_floor(head, row);
+}
+
+/// The weight from which a token of this row passes.
+void TokenScores::set_floor(std::uint32_t head, std::uint32_t row) {
+  const std::uint32_t query = row / shape_.queries_per_kv_head;
+  const std::uint32_t sees = std::min(first_position_ + query + 1, visible_);
+  float always = 0.0f;
+  for (std::uint32_t t = 0; t < region_.begin; ++t) always += weight(head, row, t);
+  for (std::uint32_t t = region_.end; t < sees; ++t) always += weight(head, row, t);
+  floors_[row_index(head, row)] = options_.threshold * always;
+}
+
+/// Puts blocks in which no token passed behind those in which one did; returns how many did.
+std::uint32_t TokenScores::drop_what_fails(std::uint32_t group, std::span<float> scores) const {
+  std::uint32_t passed = 0;
+  std::uint32_t begin = region_.begin;
+  for (float& score : scores) {
+    const std::uint32_t end =
+        std::min((begin / shape_.tokens_per_block + 1) * shape_.tokens_per_block, region_.end);
+    bool passes = false;
+    for (std::uint32_t i = 0; i < shape_.heads_per_group && !passes; ++i) {
+      const std::uint32_t head = group * shape_.heads_per_group + i;
+      for (std::uint32_t row = 0; row < rows_ && !passes; ++row) {
+        for (std::uint32_t t = begin; t < end && !passes; ++t) {
+          passes = weight(head, row, t) >= floors_[row_index(head, row)];
+        }
+      }
+    }
+    if (!passes) score = 0.0f;
+    passed += passes ? 1 : 0;
+    begin = end;
+  }
+  return passed;
 }
 
 Status TokenScores::rank(const SelectRequest& request, std::span<GroupSelection> selection,
@@ -289,34 +223,36 @@ Status TokenScores::rank(const SelectRequest& request, std::span<GroupSelection>
     std::span<GroupSelection> selection;
   } ranking{request, selection};
   pool.run(selection.size(), [this, &ranking](std::size_t i) {
-    score_group(static_cast<std::uint32_t>(i));
-    const std::span scores(block_scores_[i].data(), block_count(region_, shape_.tokens_per_block));
+    const std::span scores = score_group(static_cast<std::uint32_t>(i));
     if (!all_finite(scores)) return;
+    GroupSelection& result = ranking.selection[i];
+    if (shape_.reduction != GroupReduction::kMean) result.mass = sum_of(scores);
+    const bool gated = options_.threshold > 0.0f;
+    const std::uint32_t passed = gated ? drop_what_fails(static_cast<std::uint32_t>(i), scores) : 0;
     rank_blocks({.scores = scores,
                  .always = {},
                  .region = region_,
                  .tokens_per_block = shape_.tokens_per_block,
                  .far_budget_tokens = far_budget_tokens(shape_, ranking.request),
                  .band_tokens = ranking.request.band_tokens},
-                order_[i], ranking.selection[i]);
-    if (shape_.reduction != GroupReduction::kMean) {
-      ranking.selection[i].mass = sum_of(scores);
-    }
+                order_[i], result);
+    if (gated) result.chosen = std::min(result.chosen, passed);
   });
   for (std::size_t i = 0; i < selection.size(); ++i) {
-    const std::size_t blocks = block_count(region_, shape_.tokens_per_block);
-    if (all_finite(std::span(block_scores_[i].data(), blocks))) continue;
+    if (all_finite(block_scores(static_cast<std::uint32_t>(i)))) continue;
     return invalid_argument(fmt::format("scores of head group {} at position {} overflow float32",
                                         i, request.first_position));
   }
   return {};
 }
 
-void TokenScores::score_group(std::uint32_t group) {
-  const std::size_t blocks = block_count(region_, shape_.tokens_per_block);
-  const std::span scores(block_scores_[group].data(), blocks);
-  if (shape_.reduction == GroupReduction::kMean) return mean_logits(group, scores);
-  const std::span head_scores(head_scores_[group].data(), blocks);
+std::span<float> TokenScores::score_group(std::uint32_t group) {
+  const std::span<float> scores = block_scores(group);
+  if (shape_.reduction == GroupReduction::kMean) {
+    mean_logits(group, scores);
+    return scores;
+  }
+  const std::span head_scores(head_scores_[group].data(), scores.size());
   std::ranges::fill(scores, 0.0f);
   const bool largest = shape_.reduction == GroupReduction::kMax;
   for (std::uint32_t i = 0; i < shape_.heads_per_group; ++i) {
@@ -328,9 +264,12 @@ void TokenScores::score_group(std::uint32_t group) {
         add_row(head, row, largest ? head_scores : scores);
       }
       if (!largest) continue;
-      for (std::size_t b = 0; b < blocks; ++b) scores[b] = std::max(scores[b], head_scores[b]);
+      for (std::size_t b = 0; b < scores.size(); ++b) {
+        scores[b] = std::max(scores[b], head_scores[b]);
+      }
     }
   }
+  return scores;
 }
 
 void TokenScores::add_row(std::uint32_t head, std::uint32_t row, std::span<float> target) const {

@@ -1,11 +1,10 @@
 #pragma once
 
 #include "kernels/merge_states.h"
-#include "kernels/weigh_cells.h"
-#include "selectors/coded_keys.h"
 #include "selectors/group_rows.h"
+#include "selectors/rank_blocks.h"
 #include "selectors/selector.h"
-#include "selectors/step_logits.h"
+#include "selectors/token_logits.h"
 
 #include <cstddef>
 #include <cstdint>
@@ -14,25 +13,13 @@
 
 namespace kvtier {
 
-/// What a two-stage selector knows of the tokens whose codes are not read.
-struct CoarseTokens {
-  /// Per head group and run: bit t is set when tile t is scored by its codes.
-  /// [head groups][runs]
-  std::span<const std::vector<std::uint8_t>> tiles;
-  /// Otherwise the logit of a token is that of its group of `group_tokens`: [queries, groups] per
-  /// KV head, as `StepLogits` keeps them.
-  StepLogits* logits = nullptr;
-  std::uint32_t group_tokens = 0;
-  std::uint32_t groups = 0;
-};
-
-/// The attention weight of every token of one step, estimated from coded keys: what `scan` and
-/// `two-stage` rank blocks by, and what the estimate of the rest is made from.
+/// The attention weight of every token of one step, from logits that a `TokenLogits` gives: what
+/// selectors that score single tokens rank blocks by, and what the estimate of the rest is made
+/// from.
 ///
-/// Sinks and the tokens of the open run are scored exactly, the others by their codes or, where
-/// `CoarseTokens` says so, by what stands for their group. The softmax of a query runs over all
-/// tokens that it sees, as the oracle's: a head that looks at its sinks says little about the rest,
-/// and its far weights must be as small as they are before heads are added.
+/// The softmax of a query runs over all tokens that it sees, as the oracle's: a head that looks at
+/// its sinks says little about the rest, and its far weights must be as small as they are before
+/// heads are added.
 ///
 /// Tokens are worked on in slices that depend on the context alone, so that one thread and many
 /// give the same bits. Weights are kept per cell: the largest piece of which both blocks and value
@@ -43,11 +30,22 @@ struct CoarseTokens {
 /// Scratch only; allocates when a step has more queries than any before. One thread at a time.
 class TokenScores {
  public:
-  /// `value_tokens`: tokens of a value group, a power of two up to 512; 0 if nothing is estimated.
-  TokenScores(const SelectorShape& shape, std::uint32_t runs_max, std::uint32_t value_tokens);
+  struct Options {
+    /// Tokens of a value group, a power of two up to 512; 0 if nothing is estimated.
+    std::uint32_t value_tokens = 0;
+    /// Sinks and window take part in the softmax, so that a weight estimates attention mass; else
+    /// the far region's tokens share the whole weight among themselves.
+    bool everyone = true;
+    /// When positive: a token passes if for some query its weight is at least this part of what
+    /// sinks and window get together, and blocks in which none passes are not chosen. Not under
+    /// `kMean`, which has no weights.
+    float threshold = 0.0f;
+  };
+  TokenScores(const SelectorShape& shape, const Options& options);
 
-  /// Weighs every token for the queries of `request`. `coarse` may be null.
-  Status compute(const SelectRequest& request, const CodedKeys& keys, const CoarseTokens* coarse,
+  /// Weighs every token for the queries of `request`; `tokens` have been appended.
+  /// `invalid_argument` when logits overflow.
+  Status compute(const SelectRequest& request, std::uint32_t tokens, TokenLogits& source,
                  WorkerPool& pool);
 
   /// Ranks the far blocks by their weight, reduced as the shape says (under `kMean` by their mean
@@ -61,12 +59,9 @@ class TokenScores {
   void estimate_rest(const SelectRequest& request, std::span<const GroupSelection> selection,
                      GroupRows& values, StatesView target, WorkerPool& pool);
 
-  /// The sinks' logits of KV head `head`, row as in `StepLogits`. Follows `score_exact`.
-  std::span<const float> sink_logits(std::uint32_t head, std::uint32_t row) {
-    return sink_logits_.row(head, row, sink_count_);
-  }
-  /// Scores sinks and open run; `compute` does so unless it was done for this request.
-  Status score_exact(const SelectRequest& request, const CodedKeys& keys, WorkerPool& pool);
+  /// Adds the weights up: the scores of a head group's far blocks, for who ranks them otherwise.
+  /// Follows `compute`; head groups may be asked for side by side.
+  std::span<float> score_group(std::uint32_t group);
 
  private:
   static constexpr std::uint32_t kSliceTokens = kCellRowTokens;
@@ -78,29 +73,20 @@ class TokenScores {
   /// What the workers share in one call of `compute`.
   struct Step {
     const SelectRequest& request;
-    const CodedKeys& keys;
-    const CoarseTokens* coarse;
+    TokenLogits& source;
     std::uint32_t tasks;  ///< Slices of all heads.
-  };
-  /// Some rows of one head in one slice.
-  struct Piece {
-    std::uint32_t head = 0;
-    std::uint32_t first_token = 0;
-    std::uint32_t end_token = 0;
-    std::uint32_t first_row = 0;
-    std::uint32_t rows = 0;
-    float* logits = nullptr;  ///< [rows, kSliceTokens]
   };
 
   void reserve_rows(std::uint32_t rows);
   void pack_queries(const SelectRequest& request);
   void weigh_slice(const Step& step, std::uint32_t task);
-  void fill_logits(const Step& step, const Piece& piece);
-  void fill_coarse(const Step& step, const Piece& piece, const std::uint8_t* tiles,
-                   std::uint32_t runs);
-  bool weigh_row(const Step& step, const Piece& piece, std::uint32_t row);
+  bool weigh_row(const SelectRequest& request, const TokenPiece& piece, std::uint32_t row);
   void scale_row(std::uint32_t head, std::uint32_t row);
-  void score_group(std::uint32_t group);
+  void set_floor(std::uint32_t head, std::uint32_t row);
+  std::uint32_t drop_what_fails(std::uint32_t group, std::span<float> scores) const;
+  std::span<float> block_scores(std::uint32_t group) {
+    return {block_scores_[group].data(), block_count(region_, shape_.tokens_per_block)};
+  }
   void add_row(std::uint32_t head, std::uint32_t row, std::span<float> target) const;
   void mean_logits(std::uint32_t group, std::span<float> target) const;
   void mark_chosen(std::uint32_t group, const GroupSelection& selection);
@@ -124,30 +110,32 @@ class TokenScores {
     return slices_.data() + row_index(head, row) * slices_max_;
   }
 
+  /// Where a cell is a token.
+  float weight(std::uint32_t head, std::uint32_t row, std::uint32_t token) const {
+    return cells(head, row)[token] * slice_scales(head, row)[token / kSliceTokens];
+  }
+
   SelectorShape shape_;
-  std::uint32_t value_tokens_;
+  Options options_;
   std::uint32_t cell_tokens_;
   std::uint32_t cells_max_;
   std::uint32_t slices_max_;
   std::uint32_t groups_max_;  ///< Value groups.
-  StepLogits sink_logits_;
-  StepLogits open_logits_;
-  std::vector<RowsView> views_;
   std::vector<std::uint8_t> task_finite_;
 
   // Of the step last computed.
   FarRegion region_;
+  std::uint32_t first_position_ = 0;
   std::uint32_t visible_ = 0;  ///< To the last query.
   std::uint32_t rows_ = 0;     ///< Queries times query heads per KV head.
   std::uint32_t slice_count_ = 0;
-  std::uint32_t sink_count_ = 0;
-  std::uint32_t open_first_ = 0;
 
   std::uint32_t rows_max_ = 0;
   FixedArray<float> packed_;   ///< [KV heads, rows, head_dim]
   FixedArray<float> cells_;    ///< [KV heads, rows, cells_max]
   FixedArray<float> slices_;   ///< [KV heads, rows, slices_max]: lse, then exp(lse - total).
   FixedArray<float> lse_;      ///< [KV heads, rows]
+  FixedArray<float> floors_;   ///< [KV heads, rows]
   FixedArray<float> rest_;     ///< [KV heads, rows, groups_max]
   std::vector<float> logits_;  ///< [KV heads, cells_max]: sums over rows and tokens, for `kMean`.
   std::vector<std::vector<float>> block_scores_;  ///< Per head group.

@@ -128,7 +128,7 @@ Status TwoStage::answer(const Question& question, std::span<GroupSelection> sele
   step.visible = std::min(request.first_position + request.query_count, keys().tokens());
   step.groups = (step.visible - 1) / coarse_.group_tokens() + 1;
   KVTIER_RETURN_IF_ERROR(coarse_.compute(request, step.visible, pool));
-  KVTIER_RETURN_IF_ERROR(scores().score_exact(request, keys(), pool));
+  KVTIER_RETURN_IF_ERROR(logits().score_exact(request, keys(), pool));
   // Two pointers: small enough that std::function keeps them without allocating.
   pool.run(choices_.size(),
            [this, &step](std::size_t i) { choose(step, static_cast<std::uint32_t>(i)); });
@@ -142,8 +142,7 @@ Status TwoStage::answer(const Question& question, std::span<GroupSelection> sele
                             .logits = &coarse_.means(),
                             .group_tokens = coarse_.group_tokens(),
                             .groups = step.groups};
-  KVTIER_RETURN_IF_ERROR(scores().compute(request, keys(), &coarse, pool));
-  return scores().rank(request, selection, pool);
+  return rank(question, &coarse, selection, pool);
 }
 
 void TwoStage::choose(const Step& step, std::uint32_t head_group) {
@@ -226,7 +225,7 @@ void TwoStage::count_tokens(const Step& step, std::span<float> ranks) const {
 /// What the sinks take of a query's softmax when all groups together have this log-sum-exp.
 double TwoStage::sinks_share(std::uint32_t head, std::uint32_t row, std::uint32_t visible,
                              float lse) {
-  std::span<const float> sinks = scores().sink_logits(head, row);
+  std::span<const float> sinks = logits().sink_logits(head, row);
   sinks = sinks.first(std::min<std::size_t>(sinks.size(), visible));
   double top = double{lse};
   for (float logit : sinks) top = std::max(top, double{logit});

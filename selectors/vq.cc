@@ -4,7 +4,7 @@
 #include "selectors/far_selector.h"
 #include "selectors/key_frame.h"
 #include "selectors/seen_tokens.h"
-#include "selectors/token_votes.h"
+#include "selectors/token_scores.h"
 #include "selectors/vq_codebook.h"
 
 #include <fmt/format.h>
@@ -45,7 +45,7 @@ constexpr std::uint32_t kVqDimMax = 576;
 /// The metric comes from what prompt queries were observed (the first 2048 positions, all query
 /// heads of a KV head); without any it is the identity. A cut does not take observed queries back:
 /// they are a sample of what is looked for. A2ATS takes the union of each head's best tokens; here
-/// heads vote (`TokenVotes`), since a budget counts the union.
+/// heads vote (`TokenScores`), since a budget counts the union.
 ///
 /// When it trains. At a question with at least `kVqFinal` far tokens it trains on these, for good,
 /// and lets go of the keys; what comes later is coded as it comes. A smaller context keeps its
@@ -66,7 +66,7 @@ class VqKeys final : public FarSelector, private TokenLogits {
         squares_(std::size_t{shape.kv_heads} * shape.head_dim * shape.head_dim),
         turned_(std::size_t{shape.query_heads()} * shape.head_dim),
         scratch_(shape.head_dim, options.parts),
-        votes_(shape) {}
+        scores_(shape, {.everyone = !options.windowed}) {}
 
   void append(const NewTokens& tokens) override {
     tokens_.append(tokens);
@@ -119,9 +119,12 @@ class VqKeys final : public FarSelector, private TokenLogits {
   Status answer(const Question& question, std::span<GroupSelection> selection,
                 WorkerPool& pool) override;
   SelectRequest turned(const SelectRequest& request);
-  Status compute(std::uint32_t kv_head, const float* queries, std::uint32_t rows,
-                 std::uint32_t tokens, float* target, std::size_t stride,
-                 WorkerPool& pool) override;
+  Status prepare(const SelectRequest& request, const float* queries, std::uint32_t rows,
+                 std::uint32_t visible, WorkerPool& pool) override;
+  void fill(const TokenPiece& piece) override;
+  float* table(std::uint32_t head) {
+    return tables_.data() + head * code_table_size(rows_, options_.parts);
+  }
 
   VqOptions options_;
   SeenTokens tokens_;
@@ -136,10 +139,12 @@ class VqKeys final : public FarSelector, private TokenLogits {
   bool final_ = false;
   std::uint32_t trained_at_ = 0;  ///< The question that made it final.
   std::vector<float> turned_;
-  FixedArray<float> asked_;  ///< A step's queries in `frame_`, then in metric space.
-  FixedArray<float> tables_;
+  FixedArray<float> asked_;   ///< A step's queries in `frame_`.
+  FixedArray<float> metric_;  ///< [KV heads, rows, head_dim]: in metric space.
+  FixedArray<float> tables_;  ///< [KV heads, code_table_size(rows)]
+  std::uint32_t rows_ = 0;
   VqCodebook::Scratch scratch_;
-  TokenVotes votes_;
+  TokenScores scores_;
 };
 
 void VqKeys::keep(const NewTokens& piece) {
@@ -235,18 +240,14 @@ Status VqKeys::answer(const Question& question, std::span<GroupSelection> select
     }
   }
   // At one distance from everything, sinks and window look like anything: they have no say then.
-  KVTIER_RETURN_IF_ERROR(votes_.count(turned(request), tokens_.count(),
-                                      {.everyone = !options_.windowed}, *this, "vq", pool));
-  votes_.rank(request, 0.0f, selection, pool);
-  return {};
+  KVTIER_RETURN_IF_ERROR(scores_.compute(turned(request), tokens_.count(), *this, pool));
+  return scores_.rank(request, selection, pool);
 }
 
 SelectRequest VqKeys::turned(const SelectRequest& request) {
   const std::size_t query = turned_.size();
-  const std::size_t rows = std::size_t{request.query_count} * shape().queries_per_kv_head;
-  if (asked_.size() < request.query_count * query + rows * shape().head_dim) {
-    asked_ = FixedArray<float>(request.query_count * query + rows * shape().head_dim);
-    tables_ = FixedArray<float>(code_table_size(rows, options_.parts));
+  if (asked_.size() < request.query_count * query) {
+    asked_ = FixedArray<float>(request.query_count * query);
   }
   for (std::uint32_t q = 0; q < request.query_count; ++q) {
     frame_.turn_query(request.queries + q * request.query_stride, request.first_position + q,
@@ -258,26 +259,46 @@ SelectRequest VqKeys::turned(const SelectRequest& request) {
   return turned;
 }
 
-Status VqKeys::compute(std::uint32_t kv_head, const float* queries, std::uint32_t rows,
-                       std::uint32_t tokens, float* target, std::size_t stride, WorkerPool& pool) {
-  const std::size_t dim = shape().head_dim;
-  // Behind the turned queries, of which some are still to come.
-  float* metric = asked_.data() + asked_.size() - rows * dim;
-  for (std::uint32_t r = 0; r < rows; ++r) {
-    codebooks_[kv_head].transform_query(queries + r * dim, metric + r * dim);
+/// A table of what each centroid is worth, per KV head.
+Status VqKeys::prepare(const SelectRequest&, const float* queries, std::uint32_t rows,
+                       std::uint32_t, WorkerPool& pool) {
+  const std::size_t of_head = std::size_t{rows} * shape().head_dim;
+  rows_ = rows;
+  if (metric_.size() < shape().kv_heads * of_head) {
+    metric_ = FixedArray<float>(shape().kv_heads * of_head);
+    tables_ = FixedArray<float>(shape().kv_heads * code_table_size(rows, options_.parts));
   }
-  score_codes(shape().softmax,
-              {.codes = code(kv_head, 0),
-               .rows = tokens,
-               .codebook = codebooks_[kv_head].view(),
-               .queries = metric,
-               .query_stride = dim,
-               .query_count = rows,
-               .tables = tables_.data(),
-               .logits = target,
-               .logit_stride = stride},
-              pool);
+  struct Call {
+    VqKeys& keys;
+    const float* queries;
+    std::size_t of_head;
+  } call{*this, queries, of_head};
+  pool.run(shape().kv_heads, [&call](std::size_t head) {
+    VqKeys& keys = call.keys;
+    const std::size_t dim = keys.shape().head_dim;
+    float* metric = keys.metric_.data() + head * call.of_head;
+    for (std::size_t i = 0; i < call.of_head; i += dim) {
+      keys.codebooks_[head].transform_query(call.queries + head * call.of_head + i, metric + i);
+    }
+    fill_code_tables({.codebook = keys.codebooks_[head].view(),
+                      .queries = metric,
+                      .query_stride = dim,
+                      .query_count = keys.rows_,
+                      .tables = keys.table(static_cast<std::uint32_t>(head))});
+  });
   return {};
+}
+
+void VqKeys::fill(const TokenPiece& piece) {
+  // Tables are of four rows each, and so are the pieces.
+  score_codes(shape().softmax,
+              {.codes = code(piece.head, piece.first_token),
+               .rows = piece.end_token - piece.first_token,
+               .codebook = codebooks_[piece.head].view(),
+               .query_count = piece.rows,
+               .tables = table(piece.head) + code_table_size(piece.first_row, options_.parts),
+               .logits = piece.logits,
+               .logit_stride = kCellRowTokens});
 }
 
 void VqKeys::save(StateWriter& writer) const {

@@ -39,14 +39,14 @@ std::vector<double> coded_weights(const SelectorShape& shape, const Context& con
   }
   std::vector<double> weights;
   std::vector<float> row(shape.head_dim);
-  std::vector<std::uint16_t> words(int4_words(shape.head_dim));
+  std::vector<CodeLine> tile(int4_tile_lines(shape.head_dim));
   for (std::uint32_t t = 0; t < context.tokens(); ++t) {
     for (std::uint32_t i = 0; i < shape.head_dim; ++i) {
       row[i] = context.key(t, head, i) - static_cast<float>(mean[i] / (first - shape.sinks));
     }
     std::uint16_t scale = 0;
-    quantise_int4(row, words.data(), scale);
-    dequantise_int4(words.data(), scale, row);
+    quantise_int4(row, t % 16, tile.data(), scale);
+    dequantise_int4(tile.data(), t % 16, scale, row);
     double dot = 0.0;
     for (std::uint32_t i = 0; i < shape.head_dim; ++i) {
       dot += double{context.query(0, query_head, i)} * double{row[i]};
