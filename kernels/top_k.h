@@ -18,6 +18,10 @@ namespace kvtier {
 std::span<std::uint32_t> top_k(std::span<const float> scores, std::size_t k,
                                std::span<std::uint32_t> order);
 
+/// The same set in no order that means anything (but always the same): without sorting.
+std::span<std::uint32_t> best_places(std::span<const float> scores, std::size_t k,
+                                     std::span<std::uint32_t> order);
+
 /// Most that one call on the GPU picks from a list.
 inline constexpr std::uint32_t kMaxTopK = 4096;
 

@@ -78,8 +78,8 @@ void collect_largest(std::span<const float> scores, std::size_t k, std::span<std
 
 }  // namespace
 
-std::span<std::uint32_t> top_k(std::span<const float> scores, std::size_t k,
-                               std::span<std::uint32_t> order) {
+std::span<std::uint32_t> best_places(std::span<const float> scores, std::size_t k,
+                                     std::span<std::uint32_t> order) {
   KVTIER_CHECK(order.size() >= scores.size(), "scratch of {} for {} scores", order.size(),
                scores.size());
   k = std::min(k, scores.size());
@@ -92,11 +92,16 @@ std::span<std::uint32_t> top_k(std::span<const float> scores, std::size_t k,
   KVTIER_CHECK(largest <= 0x7f800000u, "a score is not a number");
 
   collect_largest(scores, k, order.first(scores.size()));
-  std::sort(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(k),
-            [scores](std::uint32_t a, std::uint32_t b) {
-              return scores[a] > scores[b] || (scores[a] == scores[b] && a < b);
-            });
   return order.first(k);
+}
+
+std::span<std::uint32_t> top_k(std::span<const float> scores, std::size_t k,
+                               std::span<std::uint32_t> order) {
+  const std::span<std::uint32_t> best = best_places(scores, k, order);
+  std::ranges::sort(best, [scores](std::uint32_t a, std::uint32_t b) {
+    return scores[a] > scores[b] || (scores[a] == scores[b] && a < b);
+  });
+  return best;
 }
 
 }  // namespace kvtier

@@ -1,8 +1,8 @@
 #include "selectors/box_search.h"
 #include "selectors/box_tree.h"
 #include "selectors/families.h"
+#include "selectors/far_selector.h"
 #include "selectors/question_history.h"
-#include "selectors/rank_blocks.h"
 
 #include <fmt/format.h>
 
@@ -41,15 +41,17 @@ struct ChunkTreeOptions {
 ///
 /// LeoAM also takes a large chunk whole when its lower bound is near its upper; with boxes after
 /// RoPE they never are, so this is left out. Its choice of layers' chunk sizes comes with the tree.
-class ChunkTree final : public Selector {
+class ChunkTree final : public FarSelector {
  public:
   ChunkTree(const SelectorShape& shape, const ChunkTreeOptions& options)
-      : shape_(shape),
+      : FarSelector(shape),
         tree_(shape, options.leaf_tokens),
         options_(options.search),
         remembered_(shape.head_groups(), QuestionHistory<Frontier>(kQuestionVersions, {})),
         status_(shape.head_groups()) {
     reserve();
+    // A leaf begins and ends a piece of a block at most.
+    set_units_max(shape.tokens_max / shape.tokens_per_block + 2 * tree_.leaves_max() + 4);
   }
 
   void append(const NewTokens& tokens) override { tree_.append(tokens); }
@@ -59,40 +61,6 @@ class ChunkTree final : public Selector {
   }
   std::uint32_t truncate_floor(std::uint32_t position) const override {
     return tree_.truncate_floor(position);
-  }
-
-  Status select(const SelectRequest& request, std::span<GroupSelection> selection,
-                WorkerPool& pool) override {
-    KVTIER_RETURN_IF_ERROR(hint(request, selection, pool));
-    if (FarRegion::of(shape_, request.first_position).tokens() == 0) return {};
-    for (std::size_t i = 0; i < remembered_.size(); ++i) {
-      remembered_[i].add(request.first_position) = searches_[i].frontier();
-    }
-    return {};
-  }
-
-  /// A search leaves its frontier in the searches' scratch; only `select` remembers it.
-  Status hint(const SelectRequest& request, std::span<GroupSelection> selection,
-              WorkerPool& pool) override {
-    KVTIER_RETURN_IF_ERROR(check_request(shape_, request));
-    // A leaf begins and ends a piece of a block at most.
-    reserve_selection(shape_, selection,
-                      shape_.tokens_max / shape_.tokens_per_block + 2 * tree_.leaves_max() + 4);
-    const FarRegion region = FarRegion::of(shape_, request.first_position);
-    KVTIER_CHECK(region.end <= tree_.tokens(), "tokens to {} are to be ranked, {} were appended",
-                 region.end, tree_.tokens());
-    if (region.tokens() == 0) return {};
-    if (region.end > tree_.closed_leaves() * tree_.leaf_tokens()) tree_.box_open_leaf();
-    struct Step {
-      const SelectRequest& request;
-      std::span<GroupSelection> selection;
-      FarRegion region;
-    } step{request, selection, region};
-    pool.run(searches_.size(), [this, &step](std::size_t i) {
-      search_group(step.request, step.region, static_cast<std::uint32_t>(i), step.selection[i]);
-    });
-    for (const Status& status : status_) KVTIER_RETURN_IF_ERROR(status);
-    return {};
   }
 
   std::unique_ptr<Selector> fork() const override {
@@ -128,9 +96,30 @@ class ChunkTree final : public Selector {
   }
 
  private:
-  void search_group(const SelectRequest& request, FarRegion region, std::uint32_t head_group,
+  std::uint32_t tokens_seen() const override { return tree_.tokens(); }
+  /// A search leaves its frontier in the searches' scratch; only a step remembers it.
+  Status answer(const Question& question, std::span<GroupSelection> selection,
+                WorkerPool& pool) override {
+    const auto& [request, region, learns] = question;
+    if (region.end > tree_.closed_leaves() * tree_.leaf_tokens()) tree_.box_open_leaf();
+    struct Step {
+      const Question& question;
+      std::span<GroupSelection> selection;
+    } step{question, selection};
+    pool.run(searches_.size(), [this, &step](std::size_t i) {
+      search_group(step.question, static_cast<std::uint32_t>(i), step.selection[i]);
+    });
+    for (const Status& status : status_) KVTIER_RETURN_IF_ERROR(status);
+    for (std::size_t i = 0; learns && i < remembered_.size(); ++i) {
+      remembered_[i].add(request.first_position) = searches_[i].frontier();
+    }
+    return {};
+  }
+
+  void search_group(const Question& question, std::uint32_t head_group,
                     GroupSelection& selection) {
-    const std::uint32_t budget = far_budget_tokens(shape_, request);
+    const auto& [request, region, learns] = question;
+    const std::uint32_t budget = far_budget_tokens(shape(), request);
     BoxSearch& search = searches_[head_group];
     status_[head_group] =
         search.run(tree_,
@@ -141,14 +130,14 @@ class ChunkTree final : public Selector {
                     .band_tokens = std::min(request.band_tokens, region.tokens() - budget)},
                    remembered_[head_group].newest());
     if (!status_[head_group].ok()) return;
-    rank_ranges(search.best(), shape_.tokens_per_block, budget, request.band_tokens, selection);
+    rank_ranges(search.best(), shape().tokens_per_block, budget, request.band_tokens, selection);
   }
 
   /// Copies have room for what they hold only; searches are scratch and made anew.
   void reserve() {
     searches_.clear();
-    for (std::uint32_t i = 0; i < shape_.head_groups(); ++i) {
-      searches_.emplace_back(shape_, tree_, options_);
+    for (std::uint32_t i = 0; i < shape().head_groups(); ++i) {
+      searches_.emplace_back(shape(), tree_, options_);
     }
     for (auto& history : remembered_) {
       history.for_each([this](Frontier& frontier) { frontier.chunks.reserve(tree_.leaves_max()); });
@@ -167,7 +156,7 @@ class ChunkTree final : public Selector {
       // Nodes of sinks only are left out at the front.
       if (leaf == 0) {
         const std::uint32_t first = tree_.first_leaf(chunk.node);
-        tiles = std::uint64_t{first} * tree_.leaf_tokens() <= shape_.sinks;
+        tiles = std::uint64_t{first} * tree_.leaf_tokens() <= shape().sinks;
         leaf = first;
       }
       tiles = tiles && tree_.first_leaf(chunk.node) == leaf && !tree_.empty(chunk.node);
@@ -177,7 +166,6 @@ class ChunkTree final : public Selector {
     return corrupt("selector state: chunks that do not tile the context");
   }
 
-  SelectorShape shape_;
   BoxTree tree_;
   BoxSearch::Options options_;
   std::vector<BoxSearch> searches_;

@@ -4,7 +4,7 @@
 #include "selectors/cluster_index.h"
 #include "selectors/cluster_scores.h"
 #include "selectors/families.h"
-#include "selectors/rank_blocks.h"
+#include "selectors/far_selector.h"
 
 #include <fmt/format.h>
 
@@ -46,10 +46,10 @@ struct ClusterOptions {
 /// `estimate=on` (the estimation zone): the tokens not chosen get their centroid's weight and their
 /// cluster's mean value, those of the open segment their own. By Jensen's inequality it is a lower
 /// bound of their mass. It depends on the request and the given selection alone.
-class Cluster final : public Selector {
+class Cluster final : public FarSelector {
  public:
   Cluster(const SelectorShape& shape, const ClusterOptions& options)
-      : shape_(shape),
+      : FarSelector(shape, shape.tokens_max),
         options_(options),
         index_(shape, options.index),
         scores_(shape, index_),
@@ -70,8 +70,6 @@ class Cluster final : public Selector {
     return index_.truncate_floor(position);
   }
 
-  Status select(const SelectRequest& request, std::span<GroupSelection> selection,
-                WorkerPool& pool) override;
   bool estimates_rest() const override { return options_.estimate; }
   Status estimate_rest(const SelectRequest& request, std::span<const GroupSelection> selection,
                        StatesView target, WorkerPool& pool) override;
@@ -82,6 +80,10 @@ class Cluster final : public Selector {
   std::size_t metadata_bytes() const override { return index_.metadata_bytes(); }
 
  private:
+  std::uint32_t tokens_seen() const override { return index_.tokens(); }
+  Status answer(const Question& question, std::span<GroupSelection> selection,
+                WorkerPool& pool) override;
+
   /// Scratch of one head group.
   struct Group {
     std::vector<std::uint32_t> order;
@@ -103,19 +105,15 @@ class Cluster final : public Selector {
   void leave_zone(const ClusterStep& step, std::uint32_t head_group);
   void estimate_head(const Call& call, std::uint32_t head);
 
-  SelectorShape shape_;
   ClusterOptions options_;
   ClusterIndex index_;
   ClusterScores scores_;
   std::vector<Group> groups_;
 };
 
-Status Cluster::select(const SelectRequest& request, std::span<GroupSelection> selection,
+Status Cluster::answer(const Question& question, std::span<GroupSelection> selection,
                        WorkerPool& pool) {
-  KVTIER_RETURN_IF_ERROR(check_request(shape_, request));
-  reserve_selection(shape_, selection, shape_.tokens_max);
-  const ClusterStep step = ClusterStep::of(shape_, index_, request);
-  if (step.region.tokens() == 0) return {};
+  const ClusterStep step = ClusterStep::of(shape(), index_, question.request);
   KVTIER_RETURN_IF_ERROR(scores_.compute(index_, step, false, pool));
   const Call call{.step = step, .selection = selection};
   pool.run(groups_.size(),
@@ -129,11 +127,11 @@ void Cluster::rank(const Call& call, std::uint32_t head_group) {
   const ClusterScores::Group& group = scores_.group(head_group);
   GroupSelection& result = call.selection[head_group];
   const std::span<const float> scores(group.scores.data(), step.entries());
-  const std::uint32_t budget = far_budget_tokens(shape_, step.request);
+  const std::uint32_t budget = far_budget_tokens(shape(), step.request);
   std::uint64_t left = std::uint64_t{budget} + step.request.band_tokens;
   const auto push = [&](std::uint32_t token, float score) {
     result.ranked.push_back(
-        {BlockIndex(token / shape_.tokens_per_block), token % shape_.tokens_per_block, 1, score});
+        {BlockIndex(token / shape().tokens_per_block), token % shape().tokens_per_block, 1, score});
     --left;
   };
   // An entry brings as many tokens as the others do, more or less; if that is less, more of them.
@@ -158,7 +156,7 @@ void Cluster::rank(const Call& call, std::uint32_t head_group) {
     done = enough;
   }
   result.chosen = static_cast<std::uint32_t>(std::min<std::size_t>(result.ranked.size(), budget));
-  if (shape_.reduction == GroupReduction::kMean) return;
+  if (shape().reduction == GroupReduction::kMean) return;
   double mass = 0.0;
   for (std::size_t e = 0; e < scores.size(); ++e) {
     mass += double{e < step.clusters ? group.sizes[e] : 1.0f} * double{scores[e]};
@@ -170,11 +168,11 @@ Status Cluster::estimate_rest(const SelectRequest& request,
                               std::span<const GroupSelection> selection, StatesView target,
                               WorkerPool& pool) {
   if (!options_.estimate) return Selector::estimate_rest(request, selection, target, pool);
-  KVTIER_RETURN_IF_ERROR(check_request(shape_, request));
-  const std::size_t rows = std::size_t{request.query_count} * shape_.query_heads();
-  std::fill_n(target.out, rows * shape_.value_dim, 0.0f);
+  KVTIER_RETURN_IF_ERROR(check_request(shape(), request));
+  const std::size_t rows = std::size_t{request.query_count} * shape().query_heads();
+  std::fill_n(target.out, rows * shape().value_dim, 0.0f);
   std::fill_n(target.lse, rows, kEmptyLse);
-  const ClusterStep step = ClusterStep::of(shape_, index_, request);
+  const ClusterStep step = ClusterStep::of(shape(), index_, request);
   if (step.region.tokens() == 0) return {};
   KVTIER_RETURN_IF_ERROR(scores_.compute(index_, step, true, pool));
   const Call call{.step = step, .selection = {}, .chosen = selection, .target = target};
@@ -186,8 +184,8 @@ Status Cluster::estimate_rest(const SelectRequest& request,
 void Cluster::estimate_group(const Call& call, std::uint32_t head_group) {
   count_rest(call, head_group);
   if (options_.zone < 1.0) leave_zone(call.step, head_group);
-  for (std::uint32_t i = 0; i < shape_.heads_per_group; ++i) {
-    estimate_head(call, head_group * shape_.heads_per_group + i);
+  for (std::uint32_t i = 0; i < shape().heads_per_group; ++i) {
+    estimate_head(call, head_group * shape().heads_per_group + i);
   }
 }
 
@@ -200,7 +198,7 @@ void Cluster::count_rest(const Call& call, std::uint32_t head_group) {
   std::fill_n(group.marks.begin(), step.region.end, std::uint8_t{0});
   for (std::uint32_t i = 0; i < selection.chosen; ++i) {
     const SelectedUnit& unit = selection.ranked[i];
-    std::fill_n(group.marks.begin() + unit.block.value * shape_.tokens_per_block + unit.first_token,
+    std::fill_n(group.marks.begin() + unit.block.value * shape().tokens_per_block + unit.first_token,
                 unit.tokens, std::uint8_t{1});
   }
   for (std::uint32_t c = 0; c < step.clusters; ++c) {
@@ -241,9 +239,9 @@ void Cluster::leave_zone(const ClusterStep& step, std::uint32_t head_group) {
 /// Weighted sums of the values, and back to a mean and its log-sum-exp.
 void Cluster::estimate_head(const Call& call, std::uint32_t head) {
   const ClusterStep& step = call.step;
-  Group& group = groups_[head / shape_.heads_per_group];
-  const std::size_t rows = std::size_t{step.request.query_count} * shape_.queries_per_kv_head;
-  const std::size_t dim = shape_.value_dim;
+  Group& group = groups_[head / shape().heads_per_group];
+  const std::size_t rows = std::size_t{step.request.query_count} * shape().queries_per_kv_head;
+  const std::size_t dim = shape().value_dim;
   std::array<float, std::size_t{kMaxStepQueries} * kMaxGroupQueries> totals{};
   for (std::uint32_t row = 0; row < rows; ++row) {
     const std::span<float> clusters = scores_.cluster_weights(step, head, row);
@@ -266,10 +264,10 @@ void Cluster::estimate_head(const Call& call, std::uint32_t head) {
   }
   for (std::uint32_t row = 0; row < rows; ++row) {
     if (!(totals[row] > 0.0f)) continue;
-    const std::size_t query = row / shape_.queries_per_kv_head;
-    const std::size_t target = query * shape_.query_heads() +
-                               std::size_t{head} * shape_.queries_per_kv_head +
-                               row % shape_.queries_per_kv_head;
+    const std::size_t query = row / shape().queries_per_kv_head;
+    const std::size_t target = query * shape().query_heads() +
+                               std::size_t{head} * shape().queries_per_kv_head +
+                               row % shape().queries_per_kv_head;
     for (std::size_t i = 0; i < dim; ++i) {
       call.target.out[target * dim + i] = group.sums[row * dim + i] / totals[row];
     }

@@ -88,24 +88,25 @@ Status CoarseLogits::compute_bounds(const SelectRequest& request, std::uint32_t 
   return bounds_->compute(split, 0, views_, pool);
 }
 
-bool CoarseLogits::finish_row(std::uint32_t head, std::uint32_t row, std::span<float> ranks) {
-  const std::span<float> means = means_.row(head, row, ranks.size());
-  if (!bounds_) {
-    std::ranges::copy(means, ranks.begin());
-  } else {
-    const std::span<const float> bounds = bounds_->row(head, row, ranks.size());
+bool CoarseLogits::finish(std::uint32_t head, std::uint32_t row, std::uint32_t first,
+                          std::uint32_t count) {
+  const std::span<float> means = means_.row(head, row, first + count).subspan(first);
+  bool finite = all_finite(means);
+  std::span<float> bounds;
+  if (bounds_) {
+    bounds = bounds_->row(head, row, first + count).subspan(first);
     const float of_mean = options_.rule == Rule::kMeanMinMax ? 0.5f : 0.0f;
-    for (std::size_t g = 0; g < ranks.size(); ++g) {
-      ranks[g] = of_mean * means[g] + (1.0f - of_mean) * bounds[g];
+    for (std::size_t g = 0; g < bounds.size(); ++g) {
+      bounds[g] = of_mean * means[g] + (1.0f - of_mean) * bounds[g];
     }
+    finite = finite && all_finite(bounds);
   }
-  if (!all_finite(means) || !all_finite(ranks)) return false;
   const float cap = shape_.softmax.logit_cap;
   if (cap > 0.0f) {
     for (float& logit : means) logit = cap * std::tanh(logit / cap);
-    for (float& logit : ranks) logit = cap * std::tanh(logit / cap);
+    for (float& logit : bounds) logit = cap * std::tanh(logit / cap);
   }
-  return true;
+  return finite;
 }
 
 }  // namespace kvtier

@@ -48,11 +48,15 @@ class CoarseLogits {
   /// Logits, without the cap, of the groups that hold tokens [0, visible).
   Status compute(const SelectRequest& request, std::uint32_t visible, WorkerPool& pool);
 
-  /// Follows `compute`. Caps the mean logits of one row (as in `StepLogits`) where the shape has a
-  /// cap, and writes what its groups are ranked by to `ranks`. False when one is not finite. To be
-  /// called once per row and step.
-  bool finish_row(std::uint32_t head, std::uint32_t row, std::span<float> ranks);
-  /// The mean logits, capped once their row is finished.
+  /// Follows `compute`. Makes of the logits of some groups of one row (as in `StepLogits`) what
+  /// they are ranked by, and caps them where the shape has a cap, in place. False when one is not
+  /// finite. To be called once per group, row and step.
+  bool finish(std::uint32_t head, std::uint32_t row, std::uint32_t first, std::uint32_t count);
+  /// What groups are ranked by, once they are finished.
+  std::span<const float> ranks(std::uint32_t head, std::uint32_t row, std::uint32_t groups) {
+    return bounds_ ? bounds_->row(head, row, groups) : means_.row(head, row, groups);
+  }
+  /// The mean logits, capped once they are finished.
   StepLogits& means() { return means_; }
 
  private:

@@ -1,7 +1,7 @@
 #include "selectors/digest_selector.h"
 
+#include "selectors/far_selector.h"
 #include "selectors/group_scores.h"
-#include "selectors/rank_blocks.h"
 #include "selectors/recent_keys.h"
 #include "selectors/step_logits.h"
 
@@ -20,11 +20,11 @@ SelectorShape with_head_dim(SelectorShape shape, std::uint32_t dim) {
   return shape;
 }
 
-class DigestSelector final : public Selector {
+class DigestSelector final : public FarSelector {
  public:
   DigestSelector(const SelectorShape& shape, std::uint32_t group_tokens,
                  std::unique_ptr<GroupDigest> digest)
-      : shape_(shape),
+      : FarSelector(shape),
         row_dim_(digest->row_dim()),
         row_bytes_(row_dim_ * size_of(shape.dtype)),
         digest_(std::move(digest)),
@@ -42,7 +42,7 @@ class DigestSelector final : public Selector {
     }
   }
   DigestSelector(const DigestSelector& other)
-      : shape_(other.shape_),
+      : FarSelector(other),
         row_dim_(other.row_dim_),
         row_bytes_(other.row_bytes_),
         digest_(other.digest_->clone()),
@@ -61,28 +61,25 @@ class DigestSelector final : public Selector {
     return recent_.truncate_floor(position);
   }
 
-  Status select(const SelectRequest& request, std::span<GroupSelection> selection,
-                WorkerPool& pool) override;
-
   std::unique_ptr<Selector> fork() const override {
     return std::make_unique<DigestSelector>(*this);
   }
   void save(StateWriter& writer) const override {
     recent_.save(writer);
-    for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
+    for (std::uint32_t head = 0; head < shape().kv_heads; ++head) {
       writer.put_array(rows_.part(offset(head, 0), recent_.closed() * row_bytes_));
     }
   }
   Status restore(StateReader& reader) override {
     KVTIER_RETURN_IF_ERROR(recent_.restore(reader));
-    for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
+    for (std::uint32_t head = 0; head < shape().kv_heads; ++head) {
       KVTIER_RETURN_IF_ERROR(
           reader.get_exactly(rows_.part(offset(head, 0), recent_.closed() * row_bytes_)));
     }
     return {};
   }
   std::size_t metadata_bytes() const override {
-    return std::size_t{recent_.closed()} * shape_.kv_heads * row_bytes_ + recent_.metadata_bytes();
+    return std::size_t{recent_.closed()} * shape().kv_heads * row_bytes_ + recent_.metadata_bytes();
   }
 
  private:
@@ -103,6 +100,10 @@ class DigestSelector final : public Selector {
     std::uint32_t groups = 0;
   };
 
+  std::uint32_t tokens_seen() const override { return recent_.tokens(); }
+  Status answer(const Question& question, std::span<GroupSelection> selection,
+                WorkerPool& pool) override;
+
   std::size_t offset(std::uint32_t head, std::uint32_t group) const {
     return (std::size_t{head} * recent_.groups_max() + group) * row_bytes_;
   }
@@ -111,7 +112,6 @@ class DigestSelector final : public Selector {
   void select_group(const Step& step, std::uint32_t head_group);
   void score_blocks(const Step& step, Group& group, std::span<float> blocks) const;
 
-  SelectorShape shape_;
   std::uint32_t row_dim_;
   std::size_t row_bytes_;
   std::unique_ptr<GroupDigest> digest_;
@@ -124,7 +124,7 @@ class DigestSelector final : public Selector {
 };
 
 void DigestSelector::digest_group(std::uint32_t group) {
-  for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
+  for (std::uint32_t head = 0; head < shape().kv_heads; ++head) {
     const RowsView keys = recent_.keys_of(head, group);
     std::byte* row = rows_.data() + offset(head, group);
     if (keys.rows == 0) {
@@ -136,15 +136,15 @@ void DigestSelector::digest_group(std::uint32_t group) {
 }
 
 SelectRequest DigestSelector::questions_of(const SelectRequest& request) {
-  const std::size_t stride = std::size_t{shape_.query_heads()} * row_dim_;
+  const std::size_t stride = std::size_t{shape().query_heads()} * row_dim_;
   if (questions_.size() < request.query_count * stride) {
     questions_.resize(request.query_count * stride);
   }
   for (std::uint32_t q = 0; q < request.query_count; ++q) {
-    for (std::uint32_t head = 0; head < shape_.query_heads(); ++head) {
+    for (std::uint32_t head = 0; head < shape().query_heads(); ++head) {
       const std::span query(
-          request.queries + q * request.query_stride + std::size_t{head} * shape_.head_dim,
-          shape_.head_dim);
+          request.queries + q * request.query_stride + std::size_t{head} * shape().head_dim,
+          shape().head_dim);
       digest_->write_question(query, request.first_position + q,
                               questions_.data() + q * stride + std::size_t{head} * row_dim_);
     }
@@ -155,22 +155,17 @@ SelectRequest DigestSelector::questions_of(const SelectRequest& request) {
   return asked;
 }
 
-Status DigestSelector::select(const SelectRequest& request, std::span<GroupSelection> selection,
+Status DigestSelector::answer(const Question& question, std::span<GroupSelection> selection,
                               WorkerPool& pool) {
-  KVTIER_RETURN_IF_ERROR(check_request(shape_, request));
-  reserve_selection(shape_, selection);
-  const FarRegion region = FarRegion::of(shape_, request.first_position);
-  KVTIER_CHECK(region.end <= recent_.tokens(), "tokens to {} are to be ranked, {} were appended",
-               region.end, recent_.tokens());
-  if (region.tokens() == 0) return {};
+  const auto& [request, region, learns] = question;
   const std::uint32_t per_group = recent_.group_tokens();
   const std::uint32_t first = region.begin / per_group;
   const std::uint32_t end = (region.end - 1) / per_group + 1;
   Step step{request, selection, region, first, end - first};
   if (end > recent_.closed()) digest_group(recent_.closed());
-  for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
+  for (std::uint32_t head = 0; head < shape().kv_heads; ++head) {
     views_[head] = {rows_.data() + offset(head, first), step.groups, row_dim_, row_bytes_,
-                    shape_.dtype};
+                    shape().dtype};
   }
   KVTIER_RETURN_IF_ERROR(logits_.compute(questions_of(request), 0, views_, pool));
   pool.run(groups_.size(),
@@ -187,30 +182,30 @@ Status DigestSelector::select(const SelectRequest& request, std::span<GroupSelec
 void DigestSelector::select_group(const Step& step, std::uint32_t head_group) {
   Group& group = groups_[head_group];
   const GroupLogits logits = {
-      .logits = logits_.all_rows(std::size_t{head_group} * shape_.heads_per_group).data(),
+      .logits = logits_.all_rows(std::size_t{head_group} * shape().heads_per_group).data(),
       .head_stride = logits_.head_stride(),
       .row_stride = logits_.row_stride(),
       .query_count = step.request.query_count,
       .left_out = {},
       .first = 0};
   group.finite =
-      reduce_logits(shape_, logits, group.head_scores, std::span(group.scores.data(), step.groups));
+      reduce_logits(shape(), logits, group.head_scores, std::span(group.scores.data(), step.groups));
   if (!group.finite) return;
   const std::span blocks(group.block_scores.data(),
-                         block_count(step.region, shape_.tokens_per_block));
+                         block_count(step.region, shape().tokens_per_block));
   score_blocks(step, group, blocks);
   rank_blocks({.scores = blocks,
                .always = {},
                .region = step.region,
-               .tokens_per_block = shape_.tokens_per_block,
-               .far_budget_tokens = far_budget_tokens(shape_, step.request),
+               .tokens_per_block = shape().tokens_per_block,
+               .far_budget_tokens = far_budget_tokens(shape(), step.request),
                .band_tokens = step.request.band_tokens},
               group.order, step.selection[head_group]);
 }
 
 void DigestSelector::score_blocks(const Step& step, Group& group, std::span<float> blocks) const {
   const std::uint32_t per_group = recent_.group_tokens();
-  const std::uint32_t per_block = shape_.tokens_per_block;
+  const std::uint32_t per_block = shape().tokens_per_block;
   // Both ends walk along the context: a division per block would cost more than the rest.
   const float* best = group.scores.data();
   std::uint32_t group_end = (step.first_group + 1) * per_group;

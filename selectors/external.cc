@@ -1,5 +1,5 @@
 #include "selectors/families.h"
-#include "selectors/rank_blocks.h"
+#include "selectors/far_selector.h"
 #include "selectors/rank_tokens.h"
 #include "selectors/seen_tokens.h"
 
@@ -29,10 +29,10 @@ struct ExternalOptions {
 ///
 /// Larger is better, on any scale; tokens that got no score come last, and so does minus infinity,
 /// which is how indexers mask. Keeps nothing, and sees no key.
-class External final : public Selector {
+class External final : public FarSelector {
  public:
   External(const SelectorShape& shape, ExternalOptions options)
-      : shape_(shape),
+      : FarSelector(shape, options.tokens ? shape.tokens_max : 0),
         options_(options),
         tokens_(shape.tokens_max),
         scores_(shape.tokens_max),
@@ -41,13 +41,17 @@ class External final : public Selector {
   void append(const NewTokens& tokens) override { tokens_.append(tokens); }
   void truncate(std::uint32_t position) override { tokens_.truncate(position); }
 
-  Status select(const SelectRequest& request, std::span<GroupSelection> selection,
+  std::unique_ptr<Selector> fork() const override { return std::make_unique<External>(*this); }
+  void save(StateWriter& writer) const override { tokens_.save(writer); }
+  Status restore(StateReader& reader) override { return tokens_.restore(reader); }
+
+  std::size_t metadata_bytes() const override { return 0; }
+
+ private:
+  std::uint32_t tokens_seen() const override { return tokens_.count(); }
+  Status answer(const Question& question, std::span<GroupSelection> selection,
                 WorkerPool&) override {
-    KVTIER_RETURN_IF_ERROR(check_request(shape_, request));
-    reserve_selection(shape_, selection, options_.tokens ? shape_.tokens_max : 0);
-    const FarRegion region = FarRegion::of(shape_, request.first_position);
-    tokens_.check_covers(region);
-    if (region.tokens() == 0) return {};
+    const auto& [request, region, learns] = question;
     if (request.external.scores == nullptr) {
       return invalid_argument(
           fmt::format("external: the step at position {} brings no scores "
@@ -61,13 +65,6 @@ class External final : public Selector {
     return {};
   }
 
-  std::unique_ptr<Selector> fork() const override { return std::make_unique<External>(*this); }
-  void save(StateWriter& writer) const override { tokens_.save(writer); }
-  Status restore(StateReader& reader) override { return tokens_.restore(reader); }
-
-  std::size_t metadata_bytes() const override { return 0; }
-
- private:
   /// The scores of the region's tokens into the front of `scores_`.
   Status take_scores(const SelectRequest& request, FarRegion region, std::uint32_t group) {
     constexpr float kLast = std::numeric_limits<float>::lowest();
@@ -86,21 +83,21 @@ class External final : public Selector {
   }
 
   void rank(const SelectRequest& request, FarRegion region, GroupSelection& result) {
-    const std::uint32_t budget = far_budget_tokens(shape_, request);
+    const std::uint32_t budget = far_budget_tokens(shape(), request);
     if (options_.tokens) {
       rank_tokens({.scores = std::span(scores_.data(), region.tokens()),
                    .region = region,
-                   .tokens_per_block = shape_.tokens_per_block,
+                   .tokens_per_block = shape().tokens_per_block,
                    .far_budget_tokens = budget,
                    .band_tokens = request.band_tokens},
                   order_, result);
       return;
     }
-    const std::uint32_t blocks = block_count(region, shape_.tokens_per_block);
+    const std::uint32_t blocks = block_count(region, shape().tokens_per_block);
     std::uint32_t t = region.begin;
     for (std::uint32_t b = 0; b < blocks; ++b) {
       // In place: a block's score is written at or before the place of its first token's.
-      const std::uint32_t next = (t / shape_.tokens_per_block + 1) * shape_.tokens_per_block;
+      const std::uint32_t next = (t / shape().tokens_per_block + 1) * shape().tokens_per_block;
       const std::uint32_t end = std::min(next, region.end);
       float score = scores_[t - region.begin];
       while (++t < end) {
@@ -112,13 +109,12 @@ class External final : public Selector {
     rank_blocks({.scores = std::span(scores_.data(), blocks),
                  .always = {},
                  .region = region,
-                 .tokens_per_block = shape_.tokens_per_block,
+                 .tokens_per_block = shape().tokens_per_block,
                  .far_budget_tokens = budget,
                  .band_tokens = request.band_tokens},
                 order_, result);
   }
 
-  SelectorShape shape_;
   ExternalOptions options_;
   SeenTokens tokens_;
   std::vector<float> scores_;

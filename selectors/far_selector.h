@@ -3,6 +3,7 @@
 #include "selectors/rank_blocks.h"
 #include "selectors/selector.h"
 
+#include <cstddef>
 #include <cstdint>
 #include <span>
 
@@ -29,11 +30,21 @@ class FarSelector : public Selector {
     bool learns = false;  ///< A step; else a guess, which must leave no trace.
   };
 
-  explicit FarSelector(const SelectorShape& shape) : shape_(shape) {}
+  /// `units_max`: the most units that an answer for a head group can have; 0: one per block.
+  explicit FarSelector(const SelectorShape& shape, std::size_t units_max = 0)
+      : shape_(shape), units_max_(units_max) {}
 
   const SelectorShape& shape() const { return shape_; }
+  void set_units_max(std::size_t units_max) { units_max_ = units_max; }
+
   virtual std::uint32_t tokens_seen() const = 0;
-  /// `selection` is empty, with room for every block.
+  /// Every question, before it is known whether there is anything to rank: for families that learn
+  /// from what is asked.
+  virtual void hear(const SelectRequest& request, bool learns) {
+    (void)request;
+    (void)learns;
+  }
+  /// `selection` is empty, with room for as many units as there can be.
   virtual Status answer(const Question& question, std::span<GroupSelection> selection,
                         WorkerPool& pool) = 0;
 
@@ -41,7 +52,8 @@ class FarSelector : public Selector {
   Status ask(const SelectRequest& request, std::span<GroupSelection> selection, WorkerPool& pool,
              bool learns) {
     KVTIER_RETURN_IF_ERROR(check_request(shape_, request));
-    reserve_selection(shape_, selection);
+    reserve_selection(shape_, selection, units_max_);
+    hear(request, learns);
     const FarRegion region = FarRegion::of(shape_, request.first_position);
     KVTIER_CHECK(region.end <= tokens_seen(), "tokens to {} are to be ranked, {} were appended",
                  region.end, tokens_seen());
@@ -50,6 +62,7 @@ class FarSelector : public Selector {
   }
 
   SelectorShape shape_;
+  std::size_t units_max_;
 };
 
 }  // namespace kvtier

@@ -1,8 +1,8 @@
 #include "selectors/chunk_stages.h"
 #include "selectors/families.h"
+#include "selectors/far_selector.h"
+#include "selectors/kept_keys.h"
 #include "selectors/question_history.h"
-#include "selectors/rank_blocks.h"
-#include "selectors/seen_tokens.h"
 
 #include <fmt/format.h>
 
@@ -35,14 +35,12 @@ namespace {
 /// during the descent is read as its first (a reconstruction). Tokens that come into the region
 /// while results are used again join at the next stage that is run. Dense first layers are the
 /// caller's choice.
-class Hierarchical final : public Selector {
+class Hierarchical final : public FarSelector {
  public:
   Hierarchical(const SelectorShape& shape, std::span<const ChunkStage> stages)
-      : shape_(shape),
+      : FarSelector(shape),
         stages_(stages.begin(), stages.end()),
-        tokens_(shape.tokens_max),
-        row_bytes_(shape.head_dim * size_of(shape.dtype)),
-        keys_(std::size_t{shape.kv_heads} * shape.tokens_max * row_bytes_),
+        keys_(shape),
         views_(shape.kv_heads) {
     make_groups();
     for (std::uint32_t i = 0; i < shape.head_groups(); ++i) {
@@ -51,53 +49,10 @@ class Hierarchical final : public Selector {
     reserve();
   }
 
-  void append(const NewTokens& tokens) override {
-    tokens_.append(tokens);
-    for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
-      std::byte* target = keys_.data() + key_offset(head, tokens.first_position);
-      const std::byte* source = tokens.keys + head * tokens.key_head_stride;
-      for (std::uint32_t t = 0; t < tokens.tokens; ++t) {
-        std::memcpy(target + t * row_bytes_, source + t * tokens.key_token_stride, row_bytes_);
-      }
-    }
-  }
+  void append(const NewTokens& tokens) override { keys_.append(tokens); }
   void truncate(std::uint32_t position) override {
-    tokens_.truncate(position);
+    keys_.truncate(position);
     for (auto& history : remembered_) history.drop_from(position);
-  }
-
-  Status select(const SelectRequest& request, std::span<GroupSelection> selection,
-                WorkerPool& pool) override {
-    KVTIER_RETURN_IF_ERROR(hint(request, selection, pool));
-    if (FarRegion::of(shape_, request.first_position).tokens() == 0) return {};
-    for (std::size_t i = 0; i < groups_.size(); ++i) {
-      if (groups_[i].changed) remembered_[i].add(request.first_position) = groups_[i].results;
-    }
-    return {};
-  }
-
-  /// Works on a copy of what is remembered; only `select` remembers the outcome.
-  Status hint(const SelectRequest& request, std::span<GroupSelection> selection,
-              WorkerPool& pool) override {
-    KVTIER_RETURN_IF_ERROR(check_request(shape_, request));
-    reserve_selection(shape_, selection);
-    const FarRegion region = FarRegion::of(shape_, request.first_position);
-    tokens_.check_covers(region);
-    if (region.tokens() == 0) return {};
-    for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
-      views_[head] = {keys_.data() + key_offset(head, 0), tokens_.count(), shape_.head_dim,
-                      row_bytes_, shape_.dtype};
-    }
-    struct Step {
-      const SelectRequest& request;
-      std::span<GroupSelection> selection;
-      FarRegion region;
-    } step{request, selection, region};
-    pool.run(groups_.size(), [this, &step](std::size_t i) {
-      select_group(step.request, step.region, static_cast<std::uint32_t>(i), step.selection[i]);
-    });
-    for (const Group& group : groups_) KVTIER_RETURN_IF_ERROR(group.status);
-    return {};
   }
 
   std::unique_ptr<Selector> fork() const override {
@@ -112,12 +67,35 @@ class Hierarchical final : public Selector {
   /// With the largest last stage that a question can leave; the versions for going back are left
   /// out.
   std::size_t metadata_bytes() const override {
-    return std::size_t{shape_.kv_heads} * tokens_.count() * row_bytes_ +
-           groups_.size() * (tokens_.count() / stages_.back().chunk_tokens) *
+    return keys_.bytes() +
+           groups_.size() * (keys_.count() / stages_.back().chunk_tokens) *
                (sizeof(std::uint32_t) + sizeof(float));
   }
 
  private:
+  std::uint32_t tokens_seen() const override { return keys_.count(); }
+  /// Works on a copy of what is remembered; only a step remembers the outcome.
+  Status answer(const Question& question, std::span<GroupSelection> selection,
+                WorkerPool& pool) override {
+    const auto& [request, region, learns] = question;
+    for (std::uint32_t head = 0; head < shape().kv_heads; ++head) {
+      views_[head] = keys_.rows(head, 0, keys_.count());
+    }
+    struct Step {
+      const Question& question;
+      std::span<GroupSelection> selection;
+    } step{question, selection};
+    pool.run(groups_.size(), [this, &step](std::size_t i) {
+      select_group(step.question.request, step.question.region, static_cast<std::uint32_t>(i),
+                   step.selection[i]);
+    });
+    for (const Group& group : groups_) KVTIER_RETURN_IF_ERROR(group.status);
+    for (std::size_t i = 0; learns && i < groups_.size(); ++i) {
+      if (groups_[i].changed) remembered_[i].add(request.first_position) = groups_[i].results;
+    }
+    return {};
+  }
+
   /// Scratch of one head group.
   struct Group {
     ChunkStages search;
@@ -128,14 +106,11 @@ class Hierarchical final : public Selector {
     std::vector<std::uint32_t> order;
   };
 
-  std::size_t key_offset(std::uint32_t head, std::uint32_t position) const {
-    return (std::size_t{head} * shape_.tokens_max + position) * row_bytes_;
-  }
   void make_groups() {
-    const std::size_t blocks_max = shape_.tokens_max / shape_.tokens_per_block + 1;
+    const std::size_t blocks_max = shape().tokens_max / shape().tokens_per_block + 1;
     groups_.clear();
-    for (std::uint32_t i = 0; i < shape_.head_groups(); ++i) {
-      Group group{.search = ChunkStages(shape_, stages_)};
+    for (std::uint32_t i = 0; i < shape().head_groups(); ++i) {
+      Group group{.search = ChunkStages(shape(), stages_)};
       group.results = group.search.blank();
       group.block_scores.resize(blocks_max);
       group.order.resize(blocks_max);
@@ -154,11 +129,8 @@ class Hierarchical final : public Selector {
   void score_blocks(FarRegion region, const StageResults::Stage& found,
                     std::span<float> blocks) const;
 
-  SelectorShape shape_;
   std::vector<ChunkStage> stages_;
-  SeenTokens tokens_;
-  std::size_t row_bytes_;
-  FixedArray<std::byte> keys_;  ///< [KV heads, tokens_max, head_dim]
+  KeptKeys keys_;
   std::vector<RowsView> views_;
   std::vector<Group> groups_;
   std::vector<QuestionHistory<StageResults>> remembered_;
@@ -173,19 +145,19 @@ void Hierarchical::select_group(const SelectRequest& request, FarRegion region,
   } else {
     for (StageResults::Stage& stage : group.results.stages) stage.enough_for = 0;
   }
-  const std::uint32_t budget = far_budget_tokens(shape_, request);
+  const std::uint32_t budget = far_budget_tokens(shape(), request);
   group.status = group.search.run(
-      std::span(views_).subspan(std::size_t{head_group} * shape_.heads_per_group,
-                                shape_.heads_per_group),
+      std::span(views_).subspan(std::size_t{head_group} * shape().heads_per_group,
+                                shape().heads_per_group),
       {.request = request, .region = region, .head_group = head_group, .wanted_tokens = budget},
       group.results, group.changed);
   if (!group.status.ok()) return;
-  const std::span blocks(group.block_scores.data(), block_count(region, shape_.tokens_per_block));
+  const std::span blocks(group.block_scores.data(), block_count(region, shape().tokens_per_block));
   score_blocks(region, group.results.stages.back(), blocks);
   rank_blocks({.scores = blocks,
                .always = {},
                .region = region,
-               .tokens_per_block = shape_.tokens_per_block,
+               .tokens_per_block = shape().tokens_per_block,
                .far_budget_tokens = budget,
                .band_tokens = request.band_tokens},
               group.order, selection);
@@ -196,7 +168,7 @@ void Hierarchical::select_group(const SelectRequest& request, FarRegion region,
 /// needs.
 void Hierarchical::score_blocks(FarRegion region, const StageResults::Stage& found,
                                 std::span<float> blocks) const {
-  const std::uint32_t per_block = shape_.tokens_per_block;
+  const std::uint32_t per_block = shape().tokens_per_block;
   const std::uint32_t per_chunk = stages_.back().chunk_tokens;
   const std::uint32_t first_block = region.begin / per_block;
   std::ranges::fill(blocks, std::numeric_limits<float>::lowest());
@@ -211,10 +183,7 @@ void Hierarchical::score_blocks(FarRegion region, const StageResults::Stage& fou
 }
 
 void Hierarchical::save(StateWriter& writer) const {
-  tokens_.save(writer);
-  for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
-    writer.put_array(keys_.part(key_offset(head, 0), tokens_.count() * row_bytes_));
-  }
+  keys_.save(writer);
   for (const auto& history : remembered_) {
     history.save(writer, [](StateWriter& to, const StageResults& results) {
       for (const StageResults::Stage& stage : results.stages) {
@@ -229,11 +198,7 @@ void Hierarchical::save(StateWriter& writer) const {
 }
 
 Status Hierarchical::restore(StateReader& reader) {
-  KVTIER_RETURN_IF_ERROR(tokens_.restore(reader));
-  for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
-    KVTIER_RETURN_IF_ERROR(
-        reader.get_exactly(keys_.part(key_offset(head, 0), tokens_.count() * row_bytes_)));
-  }
+  KVTIER_RETURN_IF_ERROR(keys_.restore(reader));
   const auto get_results = [this](StateReader& from, StageResults& results) -> Status {
     for (std::size_t s = 0; s < stages_.size(); ++s) {
       StageResults::Stage& stage = results.stages[s];
@@ -245,8 +210,8 @@ Status Hierarchical::restore(StateReader& reader) {
       KVTIER_RETURN_IF_ERROR(from.get_vector(stage.scores, most));
       const bool last = s + 1 == stages_.size();
       const bool ascend = std::ranges::is_sorted(stage.chunks, std::less_equal<>());
-      const std::size_t inside = shape_.tokens_max / stages_[s].chunk_tokens + 1;
-      if (stage.region_end > shape_.tokens_max || !ascend ||
+      const std::size_t inside = shape().tokens_max / stages_[s].chunk_tokens + 1;
+      if (stage.region_end > shape().tokens_max || !ascend ||
           stage.scores.size() != (last ? stage.chunks.size() : 0) ||
           (!stage.chunks.empty() && stage.chunks.back() >= inside) ||
           std::ranges::any_of(stage.scores, [](float score) { return !std::isfinite(score); })) {

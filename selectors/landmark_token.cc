@@ -1,7 +1,7 @@
 #include "kernels/top_k.h"
 #include "selectors/families.h"
+#include "selectors/far_selector.h"
 #include "selectors/group_scores.h"
-#include "selectors/rank_blocks.h"
 #include "selectors/seen_tokens.h"
 #include "selectors/step_logits.h"
 
@@ -30,10 +30,10 @@ namespace {
 /// The query's own block, which has no landmark that the query sees, is always attended in the
 /// paper. Its far tokens, if the window is shorter than the block, come first here, newest first,
 /// with the best landmark's score.
-class LandmarkTokens final : public Selector {
+class LandmarkTokens final : public FarSelector {
  public:
   explicit LandmarkTokens(const SelectorShape& shape)
-      : shape_(shape),
+      : FarSelector(shape),
         row_bytes_(shape.head_dim * size_of(shape.dtype)),
         tokens_(shape.tokens_max),
         logits_(shape, shape.kv_heads, 0),
@@ -50,7 +50,7 @@ class LandmarkTokens final : public Selector {
       if ((tokens.marks[t] & kIsLandmark) == 0) continue;
       if (ends_.size() == capacity_) reserve(2 * capacity_);
       ends_.push_back(tokens.first_position + t + 1);
-      for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
+      for (std::uint32_t head = 0; head < shape().kv_heads; ++head) {
         const std::byte* key =
             tokens.keys + t * tokens.key_token_stride + head * tokens.key_head_stride;
         keys_.insert(keys_.end(), key, key + row_bytes_);
@@ -63,9 +63,6 @@ class LandmarkTokens final : public Selector {
     while (!ends_.empty() && ends_.back() > position) ends_.pop_back();
     keys_.resize(ends_.size() * landmark_bytes());
   }
-
-  Status select(const SelectRequest& request, std::span<GroupSelection> selection,
-                WorkerPool& pool) override;
 
   std::unique_ptr<Selector> fork() const override {
     auto copy = std::make_unique<LandmarkTokens>(*this);
@@ -102,6 +99,10 @@ class LandmarkTokens final : public Selector {
   }
 
  private:
+  std::uint32_t tokens_seen() const override { return tokens_.count(); }
+  Status answer(const Question& question, std::span<GroupSelection> selection,
+                WorkerPool& pool) override;
+
   /// Scratch of one head group.
   struct Group {
     std::vector<float> scores;
@@ -120,14 +121,13 @@ class LandmarkTokens final : public Selector {
     std::uint32_t own_begin = 0;  ///< Far tokens from here on have no landmark.
   };
 
-  std::size_t landmark_bytes() const { return shape_.kv_heads * row_bytes_; }
+  std::size_t landmark_bytes() const { return shape().kv_heads * row_bytes_; }
   std::uint32_t begin_of(std::size_t landmark) const {
     return landmark == 0 ? 0 : ends_[landmark - 1];
   }
   void reserve(std::size_t landmarks);
   void select_group(const Step& step, std::uint32_t head_group);
 
-  SelectorShape shape_;
   std::size_t row_bytes_;
   SeenTokens tokens_;
   std::size_t capacity_ = 0;
@@ -140,26 +140,22 @@ class LandmarkTokens final : public Selector {
 
 void LandmarkTokens::reserve(std::size_t landmarks) {
   capacity_ = landmarks;
+  // A landmark's block begins and ends a piece at most.
+  set_units_max(shape().tokens_max / shape().tokens_per_block + 2 * capacity_ + 4);
   ends_.reserve(landmarks);
   keys_.reserve(landmarks * landmark_bytes());
-  logits_ = StepLogits(shape_, shape_.kv_heads, static_cast<std::uint32_t>(landmarks));
+  logits_ = StepLogits(shape(), shape().kv_heads, static_cast<std::uint32_t>(landmarks));
   for (Group& group : groups_) {
     group.scores.resize(landmarks);
     group.head_scores.resize(landmarks);
     group.order.resize(landmarks);
-    group.ranges.reserve(landmarks + shape_.tokens_max / shape_.tokens_per_block + 2);
+    group.ranges.reserve(landmarks + shape().tokens_max / shape().tokens_per_block + 2);
   }
 }
 
-Status LandmarkTokens::select(const SelectRequest& request, std::span<GroupSelection> selection,
+Status LandmarkTokens::answer(const Question& question, std::span<GroupSelection> selection,
                               WorkerPool& pool) {
-  KVTIER_RETURN_IF_ERROR(check_request(shape_, request));
-  // A landmark's block begins and ends a piece at most.
-  reserve_selection(shape_, selection,
-                    shape_.tokens_max / shape_.tokens_per_block + 2 * capacity_ + 4);
-  const FarRegion region = FarRegion::of(shape_, request.first_position);
-  tokens_.check_covers(region);
-  if (region.tokens() == 0) return {};
+  const auto& [request, region, learns] = question;
   const auto first = std::ranges::upper_bound(ends_, region.begin);
   // Landmarks that the first query sees; of those, the last whose block is still far.
   auto end = std::ranges::upper_bound(ends_, request.first_position + 1);
@@ -172,9 +168,9 @@ Status LandmarkTokens::select(const SelectRequest& request, std::span<GroupSelec
             .first = static_cast<std::size_t>(first - ends_.begin()),
             .count = end > first ? static_cast<std::size_t>(end - first) : 0};
   step.own_begin = step.count == 0 ? region.begin : std::min(*(end - 1), region.end);
-  for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
+  for (std::uint32_t head = 0; head < shape().kv_heads; ++head) {
     views_[head] = {keys_.data() + step.first * landmark_bytes() + head * row_bytes_, step.count,
-                    shape_.head_dim, landmark_bytes(), shape_.dtype};
+                    shape().head_dim, landmark_bytes(), shape().dtype};
   }
   KVTIER_RETURN_IF_ERROR(logits_.compute(request, 0, views_, pool));
   pool.run(groups_.size(),
@@ -192,19 +188,20 @@ void LandmarkTokens::select_group(const Step& step, std::uint32_t head_group) {
   Group& group = groups_[head_group];
   const std::span scores(group.scores.data(), step.count);
   const GroupLogits logits = {
-      .logits = logits_.all_rows(std::size_t{head_group} * shape_.heads_per_group).data(),
+      .logits = logits_.all_rows(std::size_t{head_group} * shape().heads_per_group).data(),
       .head_stride = logits_.head_stride(),
       .row_stride = logits_.row_stride(),
       .query_count = step.request.query_count,
       .left_out = {},
       .first = 0};
-  group.finite = reduce_logits(shape_, logits, group.head_scores, scores);
+  group.finite = reduce_logits(shape(), logits, group.head_scores, scores);
   if (!group.finite) return;
   const std::span<const std::uint32_t> order = top_k(scores, scores.size(), group.order);
   group.ranges.clear();
   const float best = order.empty() ? 0.0f : scores[order[0]];
   for (std::uint32_t end = step.region.end; end > step.own_begin;) {
-    const std::uint32_t block_begin = (end - 1) / shape_.tokens_per_block * shape_.tokens_per_block;
+    const std::uint32_t block_begin =
+        (end - 1) / shape().tokens_per_block * shape().tokens_per_block;
     const std::uint32_t begin = std::max(block_begin, step.own_begin);
     group.ranges.push_back({begin, end, best});
     end = begin;
@@ -214,7 +211,7 @@ void LandmarkTokens::select_group(const Step& step, std::uint32_t head_group) {
     group.ranges.push_back({std::max(begin_of(landmark), step.region.begin),
                             std::min(ends_[landmark], step.region.end), scores[i]});
   }
-  rank_ranges(group.ranges, shape_.tokens_per_block, far_budget_tokens(shape_, step.request),
+  rank_ranges(group.ranges, shape().tokens_per_block, far_budget_tokens(shape(), step.request),
               step.request.band_tokens, step.selection[head_group]);
 }
 

@@ -1,7 +1,7 @@
 #include "selectors/families.h"
+#include "selectors/far_selector.h"
 #include "selectors/group_scores.h"
 #include "selectors/landmark_rows.h"
-#include "selectors/rank_blocks.h"
 #include "selectors/step_logits.h"
 
 #include <fmt/format.h>
@@ -35,10 +35,10 @@ struct MeanOptions {
 /// The open last group is a landmark over the tokens it has when some of them are ranked (a window
 /// smaller than a group); left out, they would be found by nothing. It is never an outlier: its
 /// cosine still changes, and what is held should not flicker.
-class MeanLandmarks final : public Selector {
+class MeanLandmarks final : public FarSelector {
  public:
   MeanLandmarks(const SelectorShape& shape, MeanOptions options)
-      : shape_(shape),
+      : FarSelector(shape),
         options_(options),
         rows_(shape, options.group_tokens),
         logits_(shape, shape.kv_heads, rows_.groups_max()),
@@ -67,9 +67,6 @@ class MeanLandmarks final : public Selector {
   std::uint32_t truncate_floor(std::uint32_t position) const override {
     return rows_.truncate_floor(position);
   }
-
-  Status select(const SelectRequest& request, std::span<GroupSelection> selection,
-                WorkerPool& pool) override;
 
   std::unique_ptr<Selector> fork() const override {
     auto copy = std::make_unique<MeanLandmarks>(*this);
@@ -111,8 +108,12 @@ class MeanLandmarks final : public Selector {
     std::uint32_t far_budget = 0;
   };
 
+  std::uint32_t tokens_seen() const override { return rows_.tokens(); }
+  Status answer(const Question& question, std::span<GroupSelection> selection,
+                WorkerPool& pool) override;
+
   /// The first group with a token behind the sinks.
-  std::uint32_t first_candidate() const { return shape_.sinks / rows_.group_tokens(); }
+  std::uint32_t first_candidate() const { return shape().sinks / rows_.group_tokens(); }
   void update_candidates(FarRegion region);
   void forget_candidates(std::uint32_t from);
   void admit_candidates(Group& group, std::uint32_t head_group, std::uint32_t end);
@@ -121,7 +122,6 @@ class MeanLandmarks final : public Selector {
   void score_landmarks(const Step& step, Group& group, std::uint32_t head_group);
   void spread_over_blocks(const Step& step, Group& group);
 
-  SelectorShape shape_;
   MeanOptions options_;
   LandmarkRows rows_;
   StepLogits logits_;
@@ -131,24 +131,19 @@ class MeanLandmarks final : public Selector {
   std::vector<Group> groups_;
 };
 
-Status MeanLandmarks::select(const SelectRequest& request, std::span<GroupSelection> selection,
+Status MeanLandmarks::answer(const Question& question, std::span<GroupSelection> selection,
                              WorkerPool& pool) {
-  KVTIER_RETURN_IF_ERROR(check_request(shape_, request));
-  reserve_selection(shape_, selection);
-  const FarRegion region = FarRegion::of(shape_, request.first_position);
-  KVTIER_CHECK(region.end <= rows_.tokens(), "tokens to {} are to be ranked, {} were appended",
-               region.end, rows_.tokens());
-  if (region.tokens() == 0) return {};
+  const auto& [request, region, learns] = question;
   const std::uint32_t per_group = rows_.group_tokens();
   Step step{.request = request,
             .selection = selection,
             .region = region,
             .landmarks = {region.begin / per_group, (region.end - 1) / per_group + 1},
-            .blocks = block_count(region, shape_.tokens_per_block),
-            .far_budget = far_budget_tokens(shape_, request)};
+            .blocks = block_count(region, shape().tokens_per_block),
+            .far_budget = far_budget_tokens(shape(), request)};
   if (step.landmarks.end > rows_.closed()) rows_.average_open_group();
   update_candidates(region);
-  for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
+  for (std::uint32_t head = 0; head < shape().kv_heads; ++head) {
     views_[head] = rows_.rows(head, step.landmarks.begin, step.landmarks.size());
   }
   KVTIER_RETURN_IF_ERROR(logits_.compute(request, 0, views_, pool));
@@ -207,11 +202,11 @@ void MeanLandmarks::select_group(const Step& step, std::uint32_t head_group) {
   rank_blocks({.scores = scores,
                .always = std::span(group.held_blocks.data(), step.blocks),
                .region = step.region,
-               .tokens_per_block = shape_.tokens_per_block,
+               .tokens_per_block = shape().tokens_per_block,
                .far_budget_tokens = step.far_budget,
                .band_tokens = step.request.band_tokens},
               group.order, step.selection[head_group]);
-  if (shape_.reduction != GroupReduction::kMean) {
+  if (shape().reduction != GroupReduction::kMean) {
     step.selection[head_group].mass = std::accumulate(scores.begin(), scores.end(), 0.0f);
   }
 }
@@ -221,7 +216,7 @@ void MeanLandmarks::mark_outliers(const Step& step, Group& group) {
   std::ranges::fill(held, std::uint8_t{0});
   group.outliers = 0;
   const auto allowance = static_cast<std::uint32_t>(options_.outliers * step.far_budget);
-  const std::uint32_t per_block = shape_.tokens_per_block;
+  const std::uint32_t per_block = shape().tokens_per_block;
   const std::uint32_t first_block = step.region.begin / per_block;
   std::uint32_t taken = 0;
   for (std::uint32_t candidate : group.by_cosine) {
@@ -245,20 +240,20 @@ void MeanLandmarks::mark_outliers(const Step& step, Group& group) {
 
 void MeanLandmarks::score_landmarks(const Step& step, Group& group, std::uint32_t head_group) {
   const GroupLogits logits = {
-      .logits = logits_.all_rows(std::size_t{head_group} * shape_.heads_per_group).data(),
+      .logits = logits_.all_rows(std::size_t{head_group} * shape().heads_per_group).data(),
       .head_stride = logits_.head_stride(),
       .row_stride = logits_.row_stride(),
       .query_count = step.request.query_count,
       .left_out = std::span(group.by_cosine).first(group.outliers),
       .first = step.landmarks.begin};
-  group.finite = reduce_logits(shape_, logits, group.head_scores,
+  group.finite = reduce_logits(shape(), logits, group.head_scores,
                                std::span(group.landmark_scores.data(), step.landmarks.size()));
 }
 
 void MeanLandmarks::spread_over_blocks(const Step& step, Group& group) {
   const std::uint32_t per_group = rows_.group_tokens();
-  const std::uint32_t per_block = shape_.tokens_per_block;
-  const bool mean = shape_.reduction == GroupReduction::kMean;
+  const std::uint32_t per_block = shape().tokens_per_block;
+  const bool mean = shape().reduction == GroupReduction::kMean;
   // Both walk along the context: a division per block would cost more than the rest.
   std::uint32_t t = step.region.begin;
   std::uint32_t block_end = (t / per_block + 1) * per_block;

@@ -1,7 +1,7 @@
 #include "selectors/families.h"
-#include "selectors/rank_blocks.h"
+#include "selectors/far_selector.h"
 #include "selectors/rank_tokens.h"
-#include "selectors/seen_tokens.h"
+#include "selectors/kept_keys.h"
 #include "selectors/step_logits.h"
 
 #include <fmt/format.h>
@@ -26,42 +26,34 @@ namespace {
 /// choice of this many tokens could find, and the yardstick of selectors that name tokens.
 ///
 /// Keeps every key; a measuring stick, not a way to save memory.
-class Oracle final : public Selector {
+class Oracle final : public FarSelector {
  public:
   Oracle(const SelectorShape& shape, bool by_token)
-      : shape_(shape),
+      : FarSelector(shape, by_token ? shape.tokens_max : 0),
         by_token_(by_token),
         unit_tokens_(by_token ? 1 : shape.tokens_per_block),
-        tokens_(shape.tokens_max),
-        row_bytes_(shape.head_dim * size_of(shape.dtype)),
-        keys_(std::size_t{shape.kv_heads} * shape.tokens_max * row_bytes_),
+        keys_(shape),
         logits_(shape, 1, shape.tokens_max),
         scores_(shape.tokens_max / unit_tokens_ + 1),
         head_scores_(scores_.size()),
         order_(scores_.size()) {}
 
-  void append(const NewTokens& tokens) override {
-    tokens_.append(tokens);
-    for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
-      std::byte* target = key(head, tokens.first_position);
-      const std::byte* source = tokens.keys + head * tokens.key_head_stride;
-      for (std::uint32_t t = 0; t < tokens.tokens; ++t) {
-        std::memcpy(target + t * row_bytes_, source + t * tokens.key_token_stride, row_bytes_);
-      }
-    }
-  }
+  void append(const NewTokens& tokens) override { keys_.append(tokens); }
+  void truncate(std::uint32_t position) override { keys_.truncate(position); }
 
-  void truncate(std::uint32_t position) override { tokens_.truncate(position); }
+  std::unique_ptr<Selector> fork() const override { return std::make_unique<Oracle>(*this); }
+  void save(StateWriter& writer) const override { keys_.save(writer); }
+  Status restore(StateReader& reader) override { return keys_.restore(reader); }
+  std::size_t metadata_bytes() const override { return keys_.bytes(); }
 
-  Status select(const SelectRequest& request, std::span<GroupSelection> selection,
+ private:
+  std::uint32_t tokens_seen() const override { return keys_.count(); }
+  Status answer(const Question& question, std::span<GroupSelection> selection,
                 WorkerPool& pool) override {
-    KVTIER_RETURN_IF_ERROR(check_request(shape_, request));
-    reserve_selection(shape_, selection, by_token_ ? shape_.tokens_max : 0);
-    const FarRegion region = FarRegion::of(shape_, request.first_position);
-    if (region.tokens() == 0) return {};
-    KVTIER_CHECK(request.first_position + request.query_count <= tokens_.count(),
+    const auto& [request, region, learns] = question;
+    KVTIER_CHECK(request.first_position + request.query_count <= keys_.count(),
                  "{} queries at position {}, {} tokens were appended", request.query_count,
-                 request.first_position, tokens_.count());
+                 request.first_position, keys_.count());
     const std::span scores(scores_.data(), block_count(region, unit_tokens_));
     for (std::uint32_t group = 0; group < selection.size(); ++group) {
       KVTIER_RETURN_IF_ERROR(score_group(request, region, group, scores, pool));
@@ -71,41 +63,13 @@ class Oracle final : public Selector {
     return {};
   }
 
-  std::unique_ptr<Selector> fork() const override { return std::make_unique<Oracle>(*this); }
-  void save(StateWriter& writer) const override {
-    tokens_.save(writer);
-    for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
-      writer.put_array(keys_.part(key_offset(head, 0), tokens_.count() * row_bytes_));
-    }
-  }
-  Status restore(StateReader& reader) override {
-    KVTIER_RETURN_IF_ERROR(tokens_.restore(reader));
-    for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
-      KVTIER_RETURN_IF_ERROR(
-          reader.get_exactly(keys_.part(key_offset(head, 0), tokens_.count() * row_bytes_)));
-    }
-    return {};
-  }
-
-  std::size_t metadata_bytes() const override {
-    return std::size_t{shape_.kv_heads} * tokens_.count() * row_bytes_;
-  }
-
- private:
-  std::size_t key_offset(std::uint32_t head, std::uint32_t position) const {
-    return (std::size_t{head} * shape_.tokens_max + position) * row_bytes_;
-  }
-  std::byte* key(std::uint32_t head, std::uint32_t position) {
-    return keys_.data() + key_offset(head, position);
-  }
-
   void rank(const SelectRequest& request, FarRegion region, std::span<const float> scores,
             GroupSelection& result) {
-    const std::uint32_t budget = far_budget_tokens(shape_, request);
+    const std::uint32_t budget = far_budget_tokens(shape(), request);
     if (by_token_) {
       rank_tokens({.scores = scores,
                    .region = region,
-                   .tokens_per_block = shape_.tokens_per_block,
+                   .tokens_per_block = shape().tokens_per_block,
                    .far_budget_tokens = budget,
                    .band_tokens = request.band_tokens},
                   order_, result);
@@ -113,7 +77,7 @@ class Oracle final : public Selector {
       rank_blocks({.scores = scores,
                    .always = {},
                    .region = region,
-                   .tokens_per_block = shape_.tokens_per_block,
+                   .tokens_per_block = shape().tokens_per_block,
                    .far_budget_tokens = budget,
                    .band_tokens = request.band_tokens},
                   order_, result);
@@ -123,17 +87,17 @@ class Oracle final : public Selector {
   /// One KV head at a time: the logits of all tokens are large, and their scratch is shared.
   Status score_group(const SelectRequest& request, FarRegion region, std::uint32_t group,
                      std::span<float> scores, WorkerPool& pool) {
-    const std::uint32_t first_head = group * shape_.heads_per_group;
-    for (std::uint32_t i = 0; i < shape_.heads_per_group; ++i) {
+    const std::uint32_t first_head = group * shape().heads_per_group;
+    for (std::uint32_t i = 0; i < shape().heads_per_group; ++i) {
       KVTIER_RETURN_IF_ERROR(weigh_head(request, first_head + i, pool));
       const bool first = i == 0;
       const std::span target = first ? scores : std::span(head_scores_.data(), scores.size());
       reduce_token_weights(logits_.all_rows(0),
-                           std::size_t{request.query_count} * shape_.queries_per_kv_head,
-                           logits_.row_stride(), region, unit_tokens_, shape_.reduction, target,
+                           std::size_t{request.query_count} * shape().queries_per_kv_head,
+                           logits_.row_stride(), region, unit_tokens_, shape().reduction, target,
                            request.query_count);
       if (first) continue;
-      const bool largest = shape_.reduction == GroupReduction::kMax;
+      const bool largest = shape().reduction == GroupReduction::kMax;
       for (std::size_t b = 0; b < scores.size(); ++b) {
         scores[b] = largest ? std::max(scores[b], target[b]) : scores[b] + target[b];
       }
@@ -144,11 +108,11 @@ class Oracle final : public Selector {
   /// Leaves the attention weights of every query of `head` in `logits_`.
   Status weigh_head(const SelectRequest& request, std::uint32_t head, WorkerPool& pool) {
     const std::size_t visible = request.first_position + request.query_count;
-    const RowsView rows{key(head, 0), visible, shape_.head_dim, row_bytes_, shape_.dtype};
+    const RowsView rows = keys_.rows(head, 0, visible);
     KVTIER_RETURN_IF_ERROR(logits_.compute(request, head, std::span(&rows, 1), pool));
     for (std::uint32_t q = 0; q < request.query_count; ++q) {
-      for (std::uint32_t h = 0; h < shape_.queries_per_kv_head; ++h) {
-        const std::uint32_t row = q * shape_.queries_per_kv_head + h;
+      for (std::uint32_t h = 0; h < shape().queries_per_kv_head; ++h) {
+        const std::uint32_t row = q * shape().queries_per_kv_head + h;
         // Causality: a draft's earlier query does not see the later tokens.
         const std::span<float> weights = logits_.row(0, row, request.first_position + q + 1);
         if (!all_finite(weights)) {
@@ -162,12 +126,9 @@ class Oracle final : public Selector {
     return {};
   }
 
-  SelectorShape shape_;
   bool by_token_;
   std::uint32_t unit_tokens_;
-  SeenTokens tokens_;
-  std::size_t row_bytes_;
-  FixedArray<std::byte> keys_;  ///< [KV heads, tokens_max, head_dim]
+  KeptKeys keys_;
   StepLogits logits_;
   std::vector<float> scores_;
   std::vector<float> head_scores_;

@@ -1,11 +1,11 @@
 #include "memory/dtype.h"
 #include "selectors/entropy_budget.h"
 #include "selectors/families.h"
+#include "selectors/far_selector.h"
 #include "selectors/key_frame.h"
 #include "selectors/landmark_rows.h"
 #include "selectors/probe_query.h"
 #include "selectors/question_log.h"
-#include "selectors/rank_blocks.h"
 #include "selectors/step_logits.h"
 
 #include <fmt/format.h>
@@ -58,10 +58,10 @@ constexpr std::uint32_t kProbeEntropiesKept = 128;
 /// twice; without them it keeps to its budget.
 ///
 /// Cuts go back by nine steps, farther to what the prompt had taught.
-class Probe final : public Selector {
+class Probe final : public FarSelector {
  public:
   Probe(const SelectorShape& shape, ProbeOptions options)
-      : shape_(shape),
+      : FarSelector(shape),
         grouped_(grouped(shape, options)),
         options_(options),
         frame_(shape, options.unrotated, kProbeDistance),
@@ -95,14 +95,6 @@ class Probe final : public Selector {
     return rows_.truncate_floor(position);
   }
 
-  Status select(const SelectRequest& request, std::span<GroupSelection> selection,
-                WorkerPool& pool) override {
-    return answer(request, selection, pool, true);
-  }
-  Status hint(const SelectRequest& request, std::span<GroupSelection> selection,
-              WorkerPool& pool) override {
-    return answer(request, selection, pool, false);
-  }
   float demand() const override;
 
   std::unique_ptr<Selector> fork() const override { return std::make_unique<Probe>(*this); }
@@ -110,7 +102,7 @@ class Probe final : public Selector {
   Status restore(StateReader& reader) override;
 
   std::size_t metadata_bytes() const override {
-    return rows_.metadata_bytes() + rows_.closed() * shape_.kv_heads * sizeof(float) +
+    return rows_.metadata_bytes() + rows_.closed() * shape().kv_heads * sizeof(float) +
            probe_.bytes() + entropies_.bytes();
   }
 
@@ -145,12 +137,16 @@ class Probe final : public Selector {
     return shape;
   }
   void take_squares(std::uint32_t end);
-  Status answer(const SelectRequest& request, std::span<GroupSelection> selection, WorkerPool& pool,
-                bool learns);
+  std::uint32_t tokens_seen() const override { return rows_.tokens(); }
+  void hear(const SelectRequest& request, bool learns) override {
+    if (learns) entropies_.drop_from(request.first_position);
+    asked_ = probe_.make(request, frame_, learns);
+  }
+  Status answer(const Question& question, std::span<GroupSelection> selection,
+                WorkerPool& pool) override;
   void answer_group(const Step& step, std::uint32_t index);
   void take_cosines(const Step& step, std::uint32_t index);
 
-  SelectorShape shape_;
   SelectorShape grouped_;  ///< With the head groups that share a set.
   ProbeOptions options_;
   KeyFrame frame_;
@@ -160,6 +156,7 @@ class Probe final : public Selector {
   std::vector<float> squares_;  ///< [KV heads, groups_max]: squared lengths of representatives,
   std::uint32_t squared_ = 0;   ///< of the closed ones before this.
   ProbeQuery probe_;
+  std::span<const float> asked_;  ///< The question's probe.
   QuestionLog entropies_;
   std::vector<float> summed_;  ///< [KV heads, head_dim]
   std::vector<Group> groups_;
@@ -167,12 +164,12 @@ class Probe final : public Selector {
 
 /// Squared lengths of representatives before `end`; those of closed ones stay.
 void Probe::take_squares(std::uint32_t end) {
-  for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
+  for (std::uint32_t head = 0; head < shape().kv_heads; ++head) {
     for (std::uint32_t g = squared_; g < end; ++g) {
       const std::byte* row = rows_.rows(head, g, 1).data;
       float sum = 0.0f;
-      for (std::uint32_t i = 0; i < shape_.head_dim; ++i) {
-        const float element = load_element(row, shape_.dtype, i);
+      for (std::uint32_t i = 0; i < shape().head_dim; ++i) {
+        const float element = load_element(row, shape().dtype, i);
         sum += element * element;
       }
       squares_[std::size_t{head} * rows_.groups_max() + g] = sum;
@@ -181,39 +178,32 @@ void Probe::take_squares(std::uint32_t end) {
   squared_ = std::max(squared_, std::min(end, rows_.closed()));
 }
 
-Status Probe::answer(const SelectRequest& request, std::span<GroupSelection> selection,
-                     WorkerPool& pool, bool learns) {
-  KVTIER_RETURN_IF_ERROR(check_request(shape_, request));
-  reserve_selection(shape_, selection);
-  const FarRegion region = FarRegion::of(shape_, request.first_position);
-  KVTIER_CHECK(region.end <= rows_.tokens(), "tokens to {} are to be ranked, {} were appended",
-               region.end, rows_.tokens());
-  if (learns) entropies_.drop_from(request.first_position);
-  const std::span<const float> probe = probe_.make(request, frame_, learns);
-  if (region.tokens() == 0) return {};
+Status Probe::answer(const Question& question, std::span<GroupSelection> selection,
+                     WorkerPool& pool) {
+  const auto& [request, region, learns] = question;
   Step step{.request = request,
             .selection = selection,
             .region = region,
             .first = region.begin / options_.tokens,
-            .far_budget = far_budget_tokens(shape_, request)};
+            .far_budget = far_budget_tokens(shape(), request)};
   const std::uint32_t end = (region.end - 1) / options_.tokens + 1;
   step.count = end - step.first;
   if (!request.layer_demands.empty()) {
     const std::uint32_t share = entropy_budget(
         request.layer_demands, request.layer,
-        request.budget_tokens - always_attended_tokens(shape_, request), options_.bounds);
+        request.budget_tokens - always_attended_tokens(shape(), request), options_.bounds);
     step.far_budget = std::min(share, region.tokens());
   }
   if (end > rows_.closed()) rows_.average_open_group();
   take_squares(end);
-  for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
+  for (std::uint32_t head = 0; head < shape().kv_heads; ++head) {
     views_[head] = rows_.rows(head, step.first, step.count);
-    float* sum = summed_.data() + std::size_t{head} * shape_.head_dim;
-    std::fill_n(sum, shape_.head_dim, 0.0f);
-    for (std::uint32_t h = 0; h < shape_.queries_per_kv_head; ++h) {
+    float* sum = summed_.data() + std::size_t{head} * shape().head_dim;
+    std::fill_n(sum, shape().head_dim, 0.0f);
+    for (std::uint32_t h = 0; h < shape().queries_per_kv_head; ++h) {
       const float* query =
-          probe.data() + (std::size_t{head} * shape_.queries_per_kv_head + h) * shape_.head_dim;
-      for (std::uint32_t i = 0; i < shape_.head_dim; ++i) sum[i] += query[i];
+          asked_.data() + (std::size_t{head} * shape().queries_per_kv_head + h) * shape().head_dim;
+      for (std::uint32_t i = 0; i < shape().head_dim; ++i) sum[i] += query[i];
     }
   }
   const SelectRequest plain{.queries = summed_.data(), .query_stride = summed_.size()};
@@ -242,10 +232,10 @@ Status Probe::answer(const SelectRequest& request, std::span<GroupSelection> sel
 void Probe::take_cosines(const Step& step, std::uint32_t index) {
   Group& group = groups_[index];
   const std::uint32_t heads = grouped_.heads_per_group;
-  const std::uint32_t per_head = shape_.queries_per_kv_head;
+  const std::uint32_t per_head = shape().queries_per_kv_head;
   const std::span<const float> query = probe_.query();
   double probe = 0.0;
-  const std::size_t group_channels = std::size_t{heads} * per_head * shape_.head_dim;
+  const std::size_t group_channels = std::size_t{heads} * per_head * shape().head_dim;
   for (std::size_t i = index * group_channels; i < (index + 1) * group_channels; ++i) {
     probe += double{query[i]} * double{query[i]};
   }
@@ -280,7 +270,7 @@ void Probe::answer_group(const Step& step, std::uint32_t index) {
   group.entropy = step.count > 1
                       ? (std::log(sum) - moment / sum) / std::log(static_cast<double>(step.count))
                       : 1.0;
-  const std::uint32_t per_block = shape_.tokens_per_block;
+  const std::uint32_t per_block = shape().tokens_per_block;
   const std::uint32_t blocks = block_count(step.region, per_block);
   std::uint32_t t = step.region.begin;
   for (std::uint32_t b = 0; b < blocks; ++b) {

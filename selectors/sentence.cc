@@ -1,8 +1,8 @@
 #include "kernels/score_rows.h"
 #include "kernels/top_k.h"
 #include "selectors/families.h"
+#include "selectors/far_selector.h"
 #include "selectors/question_log.h"
-#include "selectors/rank_blocks.h"
 #include "selectors/sentence_rows.h"
 #include "selectors/step_logits.h"
 
@@ -35,10 +35,11 @@ constexpr std::uint32_t kSentenceQuestions = 16;
 /// says, by softmax over the sentences in which each counts once per token, or by mean logit.
 ///
 /// What is remembered of questions: the sums of the sentence's queries after each of the last 16.
-class Sentences final : public Selector {
+class Sentences final : public FarSelector {
  public:
   Sentences(const SelectorShape& shape, SentenceOptions options)
-      : shape_(shape),
+      // A piece ends where a block or a sentence does, or at one of two cuts.
+      : FarSelector(shape, std::size_t{shape.tokens_max} + 3),
         rows_(shape, options.cap),
         logits_(shape, shape.kv_heads, shape.tokens_max + 1),
         views_(shape.kv_heads),
@@ -54,15 +55,6 @@ class Sentences final : public Selector {
   }
   std::uint32_t truncate_floor(std::uint32_t position) const override {
     return rows_.truncate_floor(position);
-  }
-
-  Status select(const SelectRequest& request, std::span<GroupSelection> selection,
-                WorkerPool& pool) override {
-    return answer(request, selection, pool, true);
-  }
-  Status hint(const SelectRequest& request, std::span<GroupSelection> selection,
-              WorkerPool& pool) override {
-    return answer(request, selection, pool, false);
   }
 
   std::unique_ptr<Selector> fork() const override { return std::make_unique<Sentences>(*this); }
@@ -97,14 +89,14 @@ class Sentences final : public Selector {
     std::uint32_t far_budget = 0;
   };
 
-  Status answer(const SelectRequest& request, std::span<GroupSelection> selection, WorkerPool& pool,
-                bool learns);
-  void ask(const SelectRequest& request, bool learns);
+  std::uint32_t tokens_seen() const override { return rows_.tokens(); }
+  void hear(const SelectRequest& request, bool learns) override;
+  Status answer(const Question& question, std::span<GroupSelection> selection,
+                WorkerPool& pool) override;
   void answer_group(const Step& step, std::uint32_t head_group);
   void score_group(const Step& step, Group& group, std::uint32_t head_group);
   RankedRange range_of(const Step& step, std::uint32_t unit, float score) const;
 
-  SelectorShape shape_;
   SentenceRows rows_;
   StepLogits logits_;
   std::vector<RowsView> views_;
@@ -116,7 +108,7 @@ class Sentences final : public Selector {
 
 /// Leaves the mean query in `asked_`, and the sums behind it in the log if it learns. The step's
 /// queries all have their say in this step, also where a draft runs into the next sentence.
-void Sentences::ask(const SelectRequest& request, bool learns) {
+void Sentences::hear(const SelectRequest& request, bool learns) {
   if (learns) questions_.drop_from(request.first_position);
   std::uint32_t count = 0;
   std::ranges::fill(sum_, 0.0f);
@@ -145,24 +137,17 @@ void Sentences::ask(const SelectRequest& request, bool learns) {
   for (float& value : asked_) value /= said;
 }
 
-Status Sentences::answer(const SelectRequest& request, std::span<GroupSelection> selection,
-                         WorkerPool& pool, bool learns) {
-  KVTIER_RETURN_IF_ERROR(check_request(shape_, request));
-  // A piece ends where a block or a sentence does, or at one of two cuts.
-  reserve_selection(shape_, selection, std::size_t{shape_.tokens_max} + 3);
-  ask(request, learns);
-  const FarRegion region = FarRegion::of(shape_, request.first_position);
-  KVTIER_CHECK(region.end <= rows_.tokens(), "tokens to {} are to be ranked, {} were appended",
-               region.end, rows_.tokens());
-  if (region.tokens() == 0) return {};
+Status Sentences::answer(const Question& question, std::span<GroupSelection> selection,
+                         WorkerPool& pool) {
+  const auto& [request, region, learns] = question;
   Step step{.request = request,
             .selection = selection,
             .region = region,
             .first = rows_.unit_of(region.begin),
-            .far_budget = far_budget_tokens(shape_, request)};
+            .far_budget = far_budget_tokens(shape(), request)};
   step.count = rows_.unit_of(region.end - 1) - step.first + 1;
   if (step.first + step.count > rows_.closed()) rows_.average_open();
-  for (std::uint32_t head = 0; head < shape_.kv_heads; ++head) {
+  for (std::uint32_t head = 0; head < shape().kv_heads; ++head) {
     views_[head] = rows_.rows(head, step.first, step.count);
   }
   const SelectRequest mean{.queries = asked_.data(), .query_stride = asked_.size()};
@@ -205,7 +190,7 @@ void Sentences::answer_group(const Step& step, std::uint32_t head_group) {
       if (tokens >= wanted) break;
     }
     if (tokens < wanted && taken < step.count) continue;
-    rank_ranges(group.best.part(0, taken), shape_.tokens_per_block, step.far_budget,
+    rank_ranges(group.best.part(0, taken), shape().tokens_per_block, step.far_budget,
                 step.request.band_tokens, step.selection[head_group]);
     return;
   }
@@ -214,15 +199,15 @@ void Sentences::answer_group(const Step& step, std::uint32_t head_group) {
 void Sentences::score_group(const Step& step, Group& group, std::uint32_t head_group) {
   const std::span<float> scores = group.scores.part(0, step.count);
   std::ranges::fill(scores, 0.0f);
-  const auto heads = static_cast<float>(shape_.heads_per_group * shape_.queries_per_kv_head);
-  for (std::uint32_t i = 0; i < shape_.heads_per_group; ++i) {
-    const std::size_t head = std::size_t{head_group} * shape_.heads_per_group + i;
-    for (std::uint32_t h = 0; h < shape_.queries_per_kv_head; ++h) {
+  const auto heads = static_cast<float>(shape().heads_per_group * shape().queries_per_kv_head);
+  for (std::uint32_t i = 0; i < shape().heads_per_group; ++i) {
+    const std::size_t head = std::size_t{head_group} * shape().heads_per_group + i;
+    for (std::uint32_t h = 0; h < shape().queries_per_kv_head; ++h) {
       const std::span<float> row = logits_.row(head, h, step.count);
       group.finite = group.finite && all_finite(row);
       if (!group.finite) return;
       float share = 1.0f / heads;
-      if (shape_.reduction != GroupReduction::kMean) {
+      if (shape().reduction != GroupReduction::kMean) {
         softmax_row(row);
         double all = 0.0;
         for (std::uint32_t u = 0; u < step.count; ++u) {
@@ -231,7 +216,7 @@ void Sentences::score_group(const Step& step, Group& group, std::uint32_t head_g
         }
         share = static_cast<float>(1.0 / all);
       }
-      const bool largest = shape_.reduction == GroupReduction::kMax;
+      const bool largest = shape().reduction == GroupReduction::kMax;
       for (std::uint32_t u = 0; u < step.count; ++u) {
         const float score = row[u] * share;
         scores[u] = largest ? std::max(scores[u], score) : scores[u] + score;

@@ -1,10 +1,10 @@
 #include "kernels/score_rows.h"
 #include "selectors/families.h"
 #include "selectors/far_selector.h"
+#include "selectors/kept_keys.h"
 #include "selectors/key_frame.h"
 #include "selectors/question_log.h"
 #include "selectors/rank_blocks.h"
-#include "selectors/seen_tokens.h"
 #include "selectors/token_scores.h"
 
 #include <algorithm>
@@ -53,10 +53,8 @@ class SoftVote final : public FarSelector, private TokenLogits {
       : FarSelector(shape),
         groups_(options.share_layer ? 1 : shape.head_groups()),
         options_(options),
-        tokens_(shape.tokens_max),
         frame_(shape, options.unrotated, kSoftVoteDistance),
-        row_bytes_(shape.head_dim * size_of(shape.dtype)),
-        keys_(std::size_t{shape.kv_heads} * shape.tokens_max * row_bytes_),
+        keys_(shape),
         asked_(std::size_t{shape.query_heads()} * shape.head_dim),
         turned_(asked_.size()),
         pooled_(options.pool > 1 ? shape.tokens_max : 0),
@@ -67,48 +65,31 @@ class SoftVote final : public FarSelector, private TokenLogits {
         order_(block_scores_.size()) {}
 
   void append(const NewTokens& tokens) override {
-    tokens_.append(tokens);
-    frame_.feed(tokens, [this](const NewTokens& piece) {
-      for (std::uint32_t head = 0; head < shape().kv_heads; ++head) {
-        std::byte* target = keys_.data() + key_offset(head, piece.first_position);
-        const std::byte* source = piece.keys + head * piece.key_head_stride;
-        for (std::uint32_t t = 0; t < piece.tokens; ++t) {
-          std::memcpy(target + t * row_bytes_, source + t * piece.key_token_stride, row_bytes_);
-        }
-      }
-    });
+    frame_.feed(tokens, [this](const NewTokens& piece) { keys_.append(piece); });
   }
 
   void truncate(std::uint32_t position) override {
-    tokens_.truncate(position);
+    keys_.truncate(position);
     forget_from(position);
   }
 
   std::unique_ptr<Selector> fork() const override { return std::make_unique<SoftVote>(*this); }
 
   void save(StateWriter& writer) const override {
-    tokens_.save(writer);
-    for (std::uint32_t head = 0; head < shape().kv_heads; ++head) {
-      writer.put_array(keys_.part(key_offset(head, 0), tokens_.count() * row_bytes_));
-    }
+    keys_.save(writer);
     refreshes_.save(writer);
   }
   Status restore(StateReader& reader) override {
-    KVTIER_RETURN_IF_ERROR(tokens_.restore(reader));
-    for (std::uint32_t head = 0; head < shape().kv_heads; ++head) {
-      KVTIER_RETURN_IF_ERROR(
-          reader.get_exactly(keys_.part(key_offset(head, 0), tokens_.count() * row_bytes_)));
-    }
+    KVTIER_RETURN_IF_ERROR(keys_.restore(reader));
     KVTIER_RETURN_IF_ERROR(refreshes_.restore(reader));
     counted_ = false;
     if (refreshes_.empty() || covered(refreshes_.position())) return {};
     return corrupt(fmt::format("selector state: found votes at {} of {} tokens",
-                               refreshes_.position(), tokens_.count()));
+                               refreshes_.position(), keys_.count()));
   }
 
   std::size_t metadata_bytes() const override {
-    return tokens_.count() *
-               (shape().kv_heads * row_bytes_ + std::size_t{groups_} * sizeof(float)) +
+    return keys_.bytes() + std::size_t{keys_.count()} * groups_ * sizeof(float) +
            refreshes_.bytes();
   }
 
@@ -123,11 +104,8 @@ class SoftVote final : public FarSelector, private TokenLogits {
   std::span<float> votes(std::size_t group) {
     return votes_.part(group * shape().tokens_max, shape().tokens_max);
   }
-  std::size_t key_offset(std::uint32_t head, std::uint32_t position) const {
-    return (std::size_t{head} * shape().tokens_max + position) * row_bytes_;
-  }
   bool covered(std::uint32_t position) const {
-    return FarRegion::of(shape(), position).end <= tokens_.count();
+    return FarRegion::of(shape(), position).end <= keys_.count();
   }
   void forget_from(std::uint32_t position) {
     const std::uint32_t before = refreshes_.count();
@@ -135,7 +113,7 @@ class SoftVote final : public FarSelector, private TokenLogits {
     if (refreshes_.count() != before) counted_ = false;
   }
 
-  std::uint32_t tokens_seen() const override { return tokens_.count(); }
+  std::uint32_t tokens_seen() const override { return keys_.count(); }
   /// A guess uses the cached votes if it is near enough; else they are counted for it, and again at
   /// the next step.
   Status answer(const Question& question, std::span<GroupSelection> selection,
@@ -149,29 +127,24 @@ class SoftVote final : public FarSelector, private TokenLogits {
   Status prepare(const SelectRequest&, const float*, std::uint32_t rows, std::uint32_t,
                  WorkerPool&) override {
     // No rows: whether there could be some.
-    return score_rows(shape().softmax,
-                      {.rows = {nullptr, 0, shape().head_dim, row_bytes_}, .query_count = rows});
+    return score_rows(shape().softmax, {.rows = keys_.rows(0, 0, 0), .query_count = rows});
   }
   void fill(const TokenPiece& piece) override {
     const Status status = score_rows(
-        shape().softmax,
-        {.rows = {keys_.data() + key_offset(piece.head, piece.first_token),
-                  piece.end_token - piece.first_token, shape().head_dim, row_bytes_, shape().dtype},
-         .queries = piece.queries,
-         .query_stride = shape().head_dim,
-         .query_count = piece.rows,
-         .logits = piece.logits,
-         .logit_stride = kCellRowTokens});
+        shape().softmax, {.rows = keys_.rows(piece.head, piece.first_token, piece.end_token),
+                          .queries = piece.queries,
+                          .query_stride = shape().head_dim,
+                          .query_count = piece.rows,
+                          .logits = piece.logits,
+                          .logit_stride = kCellRowTokens});
     KVTIER_CHECK(status.ok(), "{}", status.to_string());
   }
 
   std::uint32_t groups_;  ///< That vote apart.
   SoftVoteOptions options_;
-  SeenTokens tokens_;
   KeyFrame frame_;
-  std::size_t row_bytes_;
-  FixedArray<std::byte> keys_;  ///< [KV heads, tokens_max, head_dim], in `frame_`.
-  std::vector<float> asked_;    ///< The step's mean query.
+  KeptKeys keys_;             ///< In `frame_`.
+  std::vector<float> asked_;  ///< The step's mean query.
   std::vector<float> turned_;
   FixedArray<float> pooled_;
   QuestionLog refreshes_;  ///< Mean queries that votes were counted for.
@@ -255,7 +228,7 @@ Status SoftVote::count_votes(std::span<const float> query, std::uint32_t positio
                              WorkerPool& pool) {
   const SelectRequest request{
       .queries = query.data(), .query_stride = query.size(), .first_position = position};
-  KVTIER_RETURN_IF_ERROR(scores_.compute(request, tokens_.count(), *this, pool));
+  KVTIER_RETURN_IF_ERROR(scores_.compute(request, keys_.count(), *this, pool));
   counted_end_ = FarRegion::of(shape(), position).end;
   pool.run(groups_, [this](std::size_t group) {
     const std::span<const float> scores = scores_.score_group(static_cast<std::uint32_t>(group));

@@ -1,5 +1,5 @@
-#include "kernels/score_rows.h"
 #include "kernels/top_k.h"
+#include "kernels/weigh_cells.h"
 #include "selectors/coarse_logits.h"
 #include "selectors/code_selector.h"
 #include "selectors/families.h"
@@ -48,9 +48,9 @@ class TwoStage final : public CodeSelector {
         choices_(shape.head_groups()) {
     for (Choice& choice : choices_) {
       choice.scores.resize(coarse_.groups_max());
-      choice.head_scores.resize(coarse_.groups_max());
-      choice.row.resize(coarse_.groups_max());
       choice.order.resize(coarse_.groups_max());
+      choice.lse.resize(std::size_t{kMaxStepQueries} * shape.queries_per_kv_head *
+                        shape.heads_per_group * slices_max());
     }
   }
 
@@ -86,16 +86,28 @@ class TwoStage final : public CodeSelector {
   /// Scratch of one head group.
   struct Choice {
     std::vector<float> scores;
-    std::vector<float> head_scores;
-    std::vector<float> row;
     std::vector<std::uint32_t> order;
+    /// [rows of the group, slices]: log-sum-exp, then what the slice's weights are multiplied with.
+    std::vector<float> lse;
     bool finite = true;
   };
+  /// Groups that are weighed at a time, so that they stay in the cache.
+  static constexpr std::uint32_t kSlice = kCellRowTokens;
   struct Step {
     const SelectRequest& request;
     FarRegion region;
     std::uint32_t visible = 0;
     std::uint32_t groups = 0;
+    std::uint32_t slices() const { return (groups + kSlice - 1) / kSlice; }
+    std::uint32_t slice_groups(std::uint32_t slice) const {
+      return std::min(kSlice, groups - slice * kSlice);
+    }
+  };
+  /// One query's row in a head group: of which KV head, and which row of `StepLogits`.
+  struct Row {
+    std::uint32_t head = 0;
+    std::uint32_t row = 0;
+    std::size_t index = 0;  ///< Within the head group.
   };
 
   /// Tokens of a group in [begin, end).
@@ -107,11 +119,16 @@ class TwoStage final : public CodeSelector {
 
   Status answer(const Question& question, std::span<GroupSelection> selection,
                 WorkerPool& pool) override;
+  std::uint32_t slices_max() const { return coarse_.groups_max() / kSlice + 1; }
+  Row row_of(const Step& step, std::uint32_t head_group, std::uint32_t query_head,
+             std::uint32_t query) const;
+  template <class Body>
+  void for_each_row(const Step& step, std::uint32_t head_group, const Body& body) const;
   void choose(const Step& step, std::uint32_t head_group);
+  void measure_rows(const Step& step, std::uint32_t head_group);
+  void score_slice(const Step& step, std::uint32_t head_group, std::uint32_t slice);
   void keep_best(const Step& step, std::uint32_t head_group);
-  void add_row(const Step& step, Choice& choice, std::uint32_t head, std::uint32_t row,
-               std::span<float> target);
-  void count_tokens(const Step& step, std::span<float> ranks) const;
+  void copy_ranks(const Step& step, const Row& row, std::uint32_t slice, float* target);
   double sinks_share(std::uint32_t head, std::uint32_t row, std::uint32_t visible, float lse);
   void mark_tiles(std::uint32_t head_group, std::uint32_t begin, std::uint32_t end);
 
@@ -145,25 +162,95 @@ Status TwoStage::answer(const Question& question, std::span<GroupSelection> sele
   return rank(question, &coarse, selection, pool);
 }
 
+TwoStage::Row TwoStage::row_of(const Step& step, std::uint32_t head_group, std::uint32_t query_head,
+                               std::uint32_t query) const {
+  const std::uint32_t per_head = shape().queries_per_kv_head;
+  return {.head = head_group * shape().heads_per_group + query_head / per_head,
+          .row = query * per_head + query_head % per_head,
+          .index = std::size_t{query_head} * step.request.query_count + query};
+}
+
+template <class Body>
+void TwoStage::for_each_row(const Step& step, std::uint32_t head_group, const Body& body) const {
+  for (std::uint32_t h = 0; h < shape().heads_per_group * shape().queries_per_kv_head; ++h) {
+    for (std::uint32_t q = 0; q < step.request.query_count; ++q) {
+      body(row_of(step, head_group, h, q));
+    }
+  }
+}
+
+/// Two passes over slices: what each query's softmax adds up to, then the groups' scores.
 void TwoStage::choose(const Step& step, std::uint32_t head_group) {
   Choice& choice = choices_[head_group];
   choice.finite = true;
-  const std::span scores(choice.scores.data(), step.groups);
-  const std::span head_scores(choice.head_scores.data(), step.groups);
-  const bool largest = shape().reduction == GroupReduction::kMax;
-  std::ranges::fill(scores, 0.0f);
-  const std::uint32_t per_head = shape().queries_per_kv_head;
-  for (std::uint32_t i = 0; i < shape().heads_per_group * per_head; ++i) {
-    const std::uint32_t head = head_group * shape().heads_per_group + i / per_head;
-    if (largest) std::ranges::fill(head_scores, 0.0f);
-    for (std::uint32_t q = 0; q < step.request.query_count; ++q) {
-      add_row(step, choice, head, q * per_head + i % per_head, largest ? head_scores : scores);
-    }
-    if (!largest) continue;
-    for (std::size_t g = 0; g < scores.size(); ++g) scores[g] = std::max(scores[g], head_scores[g]);
+  measure_rows(step, head_group);
+  if (!choice.finite) return;
+  for (std::uint32_t slice = 0; slice < step.slices(); ++slice) {
+    score_slice(step, head_group, slice);
   }
-  choice.finite = choice.finite && all_finite(scores);
+  choice.finite = all_finite(std::span(choice.scores.data(), step.groups));
   if (choice.finite) keep_best(step, head_group);
+}
+
+/// Finishes the logits, and finds what the weights of each row and slice are to be multiplied with.
+void TwoStage::measure_rows(const Step& step, std::uint32_t head_group) {
+  Choice& choice = choices_[head_group];
+  const bool weighs = shape().reduction != GroupReduction::kMean;
+  alignas(64) float logits[kSlice];
+  for_each_row(step, head_group, [&](const Row& row) {
+    const std::span lse(choice.lse.data() + row.index * slices_max(), step.slices());
+    for (std::uint32_t slice = 0; slice < step.slices(); ++slice) {
+      const std::uint32_t count = step.slice_groups(slice);
+      choice.finite = coarse_.finish(row.head, row.row, slice * kSlice, count) && choice.finite;
+      if (!weighs || !choice.finite) continue;
+      copy_ranks(step, row, slice, logits);
+      lse[slice] = weigh_cells({.logits = logits, .count = count});
+    }
+    if (!weighs || !choice.finite) return;
+    const float top = *std::ranges::max_element(lse);
+    double sum = 0.0;
+    for (float of_slice : lse) sum += std::exp(double{of_slice} - double{top});
+    const double total = double{top} + std::log(sum);
+    // Every group was counted once, and has this many tokens.
+    const double tokens = std::log(static_cast<double>(coarse_.group_tokens()));
+    const double share =
+        1.0 - sinks_share(row.head, row.row, step.visible, static_cast<float>(total + tokens));
+    for (float& of_slice : lse) {
+      of_slice = static_cast<float>(share * std::exp(double{of_slice} - total));
+    }
+  });
+}
+
+/// The groups' scores: what all queries put on them, reduced over the heads.
+void TwoStage::score_slice(const Step& step, std::uint32_t head_group, std::uint32_t slice) {
+  Choice& choice = choices_[head_group];
+  const std::span scores(choice.scores.data() + slice * kSlice, step.slice_groups(slice));
+  const bool largest = shape().reduction == GroupReduction::kMax;
+  const bool weighs = shape().reduction != GroupReduction::kMean;
+  alignas(64) float logits[kSlice];
+  float head_scores[kSlice];
+  float weights[kSlice];
+  std::ranges::fill(scores, 0.0f);
+  for_each_row(step, head_group, [&](const Row& row) {
+    const bool first = row.index % step.request.query_count == 0;
+    const bool last = row.index % step.request.query_count + 1 == step.request.query_count;
+    const auto count = static_cast<std::uint32_t>(scores.size());
+    float* target = scores.data();
+    if (largest) {
+      target = head_scores;
+      if (first) std::fill_n(head_scores, count, 0.0f);
+    }
+    copy_ranks(step, row, slice, logits);
+    if (!weighs) {
+      for (std::uint32_t g = 0; g < count; ++g) target[g] += logits[g];
+      return;
+    }
+    weigh_cells({.logits = logits, .count = count, .end = count, .cells = weights});
+    const float share = choice.lse[row.index * slices_max() + slice];
+    for (std::uint32_t g = 0; g < count; ++g) target[g] += share * weights[g];
+    if (!largest || !last) return;
+    for (std::uint32_t g = 0; g < count; ++g) scores[g] = std::max(scores[g], head_scores[g]);
+  });
 }
 
 /// Marks the tiles of the groups that survive.
@@ -176,48 +263,51 @@ void TwoStage::keep_best(const Step& step, std::uint32_t head_group) {
   const std::uint32_t first = step.region.begin / per_group;
   const std::uint32_t count = (step.region.end - 1) / per_group + 1 - first;
   const double wanted = keep_ * step.request.budget_tokens;
-  // The first and the last group may hold fewer tokens than the others.
-  const auto most = static_cast<std::size_t>(wanted / per_group) + 3;
-  double kept = 0.0;
-  for (std::uint32_t place : top_k(std::span(choice.scores.data() + first, count),
-                                   std::min<std::size_t>(most, count), choice.order)) {
-    if (kept >= wanted) break;
-    const std::uint32_t begin = (first + place) * per_group;
-    kept += tokens_in(first + place, step.region.begin, step.region.end);
-    mark_tiles(head_group, std::max(begin, step.region.begin),
-               std::min(begin + per_group, step.region.end));
-  }
-}
-
-/// Adds what one query puts on each group; leaves the mean logits as the second stage wants them.
-void TwoStage::add_row(const Step& step, Choice& choice, std::uint32_t head, std::uint32_t row,
-                       std::span<float> target) {
-  const std::span<float> ranks(choice.row.data(), step.groups);
-  choice.finite = coarse_.finish_row(head, row, ranks) && choice.finite;
-  if (!choice.finite) return;
-  if (shape().reduction == GroupReduction::kMean) {
-    for (std::size_t g = 0; g < ranks.size(); ++g) target[g] += ranks[g];
+  const auto groups_for = [per_group](double tokens) {
+    return static_cast<std::size_t>(std::min(std::ceil(tokens / per_group), 4e9));
+  };
+  // The first and the last group may hold fewer tokens than the others: some more then.
+  std::size_t taken = groups_for(wanted);
+  for (;;) {
+    const std::span best =
+        best_places(std::span(choice.scores.data() + first, count), taken, choice.order);
+    double kept = 0.0;
+    for (std::uint32_t place : best) {
+      kept += tokens_in(first + place, step.region.begin, step.region.end);
+    }
+    if (kept < wanted && best.size() < count) {
+      taken += groups_for(wanted - kept);
+      continue;
+    }
+    for (std::uint32_t place : best) {
+      const std::uint32_t begin = (first + place) * per_group;
+      mark_tiles(head_group, std::max(begin, step.region.begin),
+                 std::min(begin + per_group, step.region.end));
+    }
     return;
   }
-  count_tokens(step, ranks);
-  const float lse = softmax_row(ranks);
-  const auto share = static_cast<float>(1.0 - sinks_share(head, row, step.visible, lse));
-  for (std::uint32_t g = 0; g < step.groups; ++g) target[g] += share * ranks[g];
 }
 
-/// A group counts as often as it has tokens that are not sinks.
-void TwoStage::count_tokens(const Step& step, std::span<float> ranks) const {
+/// What the groups of a slice are ranked by; where one does not have as many tokens as the others,
+/// sinks left out, its logit is changed by as much as its weight must be.
+void TwoStage::copy_ranks(const Step& step, const Row& row, std::uint32_t slice, float* target) {
+  const std::uint32_t first = slice * kSlice;
+  const std::uint32_t count = step.slice_groups(slice);
+  const std::span<const float> ranks = coarse_.ranks(row.head, row.row, step.groups);
+  std::copy_n(ranks.data() + first, count, target);
+  if (shape().reduction == GroupReduction::kMean) return;
   const std::uint32_t whole = coarse_.group_tokens();
-  const float of_whole = std::log(static_cast<float>(whole));
-  for (float& rank : ranks) rank += of_whole;
-  // All but the first, with the sinks, and the last have the same number.
-  const std::uint32_t with_sinks = std::min(shape().sinks / whole + 1, step.groups);
   const auto recount = [&](std::uint32_t g) {
+    if (g < first || g >= first + count) return;
     const std::uint32_t tokens = tokens_in(g, shape().sinks, step.visible);
     if (tokens == whole) return;
-    ranks[g] = tokens == 0 ? std::numeric_limits<float>::lowest()
-                           : ranks[g] - of_whole + std::log(static_cast<float>(tokens));
+    target[g - first] =
+        tokens == 0
+            ? std::numeric_limits<float>::lowest()
+            : target[g - first] + std::log(static_cast<float>(tokens) / static_cast<float>(whole));
   };
+  // Only the first, with the sinks, and the last can have fewer.
+  const std::uint32_t with_sinks = std::min(shape().sinks / whole + 1, step.groups);
   for (std::uint32_t g = 0; g < with_sinks; ++g) recount(g);
   if (with_sinks < step.groups) recount(step.groups - 1);
 }

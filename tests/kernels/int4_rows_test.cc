@@ -121,7 +121,9 @@ TEST(Int4Rows, ScoresAgreeWithTheReferenceOnEveryShapeAndInstructionSet) {
             << i << " of " << shape.rows << "x" << shape.dim << " " << target;
       }
       // Roundings fall either way, so the mean error is far below what they could add up to.
-      if (shape.dim >= 64) EXPECT_LT(error / double(logits.size()), tolerance / 4.0) << target;
+      if (shape.dim >= 64) {
+        EXPECT_LT(error / double(logits.size()), tolerance / 4.0) << target;
+      }
     }
   }
 }

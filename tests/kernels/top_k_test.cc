@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <limits>
 #include <random>
 #include <vector>
@@ -18,6 +19,13 @@ void expect_same(const std::vector<float>& scores, std::size_t k) {
   ASSERT_EQ(std::vector<std::uint32_t>(actual.begin(), actual.end()),
             std::vector<std::uint32_t>(expected.begin(), expected.end()))
       << "k " << k << " of " << scores.size();
+  // Without the order it is the same set.
+  std::vector<std::uint32_t> places(scores.size());
+  const std::span<std::uint32_t> best = best_places(scores, k, places);
+  std::vector<std::uint32_t> expected_set(expected.begin(), expected.end());
+  std::ranges::sort(expected_set);
+  std::ranges::sort(best);
+  EXPECT_TRUE(std::ranges::equal(best, expected_set));
 }
 
 TEST(TopK, AgreesWithAFullSort) {
