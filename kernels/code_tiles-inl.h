@@ -137,14 +137,14 @@ HWY_INLINE IntVec add_fours(IntVec sum, WordVec codes, IntVec four) {
 #endif
 }
 
-/// The sum of all integers of a query.
-HWY_INLINE float sum_of_fours(const std::int32_t* fours, std::uint32_t dim) {
+/// Vectors whose lanes add up to the sum of all integers of a query, exactly.
+HWY_INLINE FloatVec sums_of_fours(const std::int32_t* fours, std::uint32_t dim) {
   const IntTag d;
   IntVec sum = hn::Zero(d);
   for (std::size_t n = 0; n < dim / 4; n += kLanes) {
     sum = add_fours<false>(sum, hn::Set(WordTag(), 0x01010101u), hn::LoadU(d, fours + n));
   }
-  return static_cast<float>(hn::GetLane(hn::SumOfLanes(d, sum)));
+  return hn::ConvertTo(FloatTag(), sum);
 }
 
 /// One vector's width of `kTiles` tiles against `kRows` queries.
@@ -206,12 +206,12 @@ HWY_INLINE void score_tiles(const TileJob& job) {
 
 inline constexpr std::size_t kTileStep = 1;
 
-HWY_INLINE float sum_of_fours(const std::int32_t* fours, std::uint32_t dim) {
+HWY_INLINE FloatVec sums_of_fours(const std::int32_t* fours, std::uint32_t dim) {
   std::int32_t sum = 0;
   for (std::size_t i = 0; i < dim; ++i) {
     sum += static_cast<std::int8_t>(fours[i / 4] >> 8 * (i % 4));
   }
-  return static_cast<float>(sum);
+  return hn::Set(FloatTag(), static_cast<float>(sum));
 }
 
 template <int kBits, bool kVnni, std::size_t kRows, std::size_t kTiles>

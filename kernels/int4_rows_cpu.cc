@@ -36,7 +36,8 @@ void fold_int4_queries(const Int4Task& task, std::size_t first, std::size_t coun
     for (std::size_t i = 0; i < dim; ++i) most = std::max(most, std::abs(query[i]));
     pack_fours(padded, dim, most > kLeastFolded ? kFoldedLevels / most : 0.0f, folded.fours[q]);
     folded.slopes[q] = 1.0f;
-    folded.offsets[q] = -8.0f * sum_of_fours(folded.fours[q], dim);
+    const FloatVec sums = sums_of_fours(folded.fours[q], dim);
+    folded.offsets[q] = -8.0f * hn::GetLane(hn::SumOfLanes(FloatTag(), sums));
     scales[q] = most / kFoldedLevels;
   }
 }

@@ -36,7 +36,7 @@ void fold_queries(const KeyCodes& codes, float scale, const CodeLine* run, Query
   const T* least = steps + codes.dim;
   const float middle = 0.5f * static_cast<float>((1u << codes.bits) - 1);
   FloatVec offsets[kCodedRows];
-  FloatVec largest[kRows];
+  FloatVec largest[kCodedRows];
   for (FloatVec& offset : offsets) offset = hn::Zero(d);
   for (FloatVec& most : largest) most = hn::Zero(d);
   const auto fold = [&](std::size_t i, FloatVec step, FloatVec smallest) HWY_ATTR {
@@ -58,17 +58,24 @@ void fold_queries(const KeyCodes& codes, float scale, const CodeLine* run, Query
     fold(i, load_tail_as_f32(steps + i), load_tail_as_f32(least + i));
   }
   float exact[kCodedRows];
+  float tops[kCodedRows];
+  float sums[kCodedRows];
   store_four_sums(offsets[0], offsets[1], offsets[2], offsets[3], exact);
+  store_four_maxima(largest[0], largest[1], largest[2], largest[3], tops);
+  FloatVec rounded[kCodedRows];
+  for (FloatVec& sum : rounded) sum = hn::Zero(d);
   for (std::size_t r = 0; r < kRows; ++r) {
-    const float top = hn::GetLane(hn::MaxOfLanes(d, largest[r]));
-    result.slopes[r] = scale * (top / kFoldedLevels);
-    // Integers would hide that a product overflowed.
-    if (!std::isfinite(top)) result.slopes[r] = std::numeric_limits<float>::quiet_NaN();
     std::fill_n(products[r] + codes.dim, 16, 0.0f);
-    pack_fours(products[r], codes.dim, top > kLeastFolded ? kFoldedLevels / top : 0.0f,
-               result.fours[r]);
-    result.offsets[r] =
-        scale * exact[r] - result.slopes[r] * (middle * sum_of_fours(result.fours[r], codes.dim));
+    const float up = tops[r] > kLeastFolded ? kFoldedLevels / tops[r] : 0.0f;
+    pack_fours(products[r], codes.dim, up, result.fours[r]);
+    rounded[r] = sums_of_fours(result.fours[r], codes.dim);
+  }
+  store_four_sums(rounded[0], rounded[1], rounded[2], rounded[3], sums);
+  for (std::size_t r = 0; r < kRows; ++r) {
+    result.slopes[r] = scale * (tops[r] / kFoldedLevels);
+    // Integers would hide that a product overflowed.
+    if (!std::isfinite(tops[r])) result.slopes[r] = std::numeric_limits<float>::quiet_NaN();
+    result.offsets[r] = scale * exact[r] - result.slopes[r] * (middle * sums[r]);
   }
 }
 

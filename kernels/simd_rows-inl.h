@@ -107,6 +107,40 @@ HWY_INLINE void store_four_sums(FloatVec a, FloatVec b, FloatVec c, FloatVec e,
 #endif
 }
 
+#if HWY_MAX_BYTES >= 16
+template <class D, class V>
+HWY_INLINE void store_max_of_blocks(D d, V tops, float* HWY_RESTRICT target) {
+  if constexpr (hn::MaxLanes(D()) <= 4) {
+    hn::StoreU(tops, d, target);
+  } else {
+    const hn::Half<D> half;
+    store_max_of_blocks(half, hn::Max(hn::LowerHalf(half, tops), hn::UpperHalf(half, tops)),
+                        target);
+  }
+}
+#endif
+
+/// Likewise the largest of each.
+HWY_INLINE void store_four_maxima(FloatVec a, FloatVec b, FloatVec c, FloatVec e,
+                                  float* HWY_RESTRICT target) {
+  const FloatTag d;
+#if HWY_MAX_BYTES >= 16
+  const hn::RepartitionToWide<hn::RebindToUnsigned<FloatTag>> wide;
+  const auto ab =
+      hn::BitCast(wide, hn::Max(hn::InterleaveLower(d, a, b), hn::InterleaveUpper(d, a, b)));
+  const auto ce =
+      hn::BitCast(wide, hn::Max(hn::InterleaveLower(d, c, e), hn::InterleaveUpper(d, c, e)));
+  const FloatVec low = hn::BitCast(d, hn::InterleaveLower(wide, ab, ce));
+  const FloatVec high = hn::BitCast(d, hn::InterleaveUpper(wide, ab, ce));
+  store_max_of_blocks(d, hn::Max(low, high), target);
+#else
+  target[0] = hn::GetLane(hn::MaxOfLanes(d, a));
+  target[1] = hn::GetLane(hn::MaxOfLanes(d, b));
+  target[2] = hn::GetLane(hn::MaxOfLanes(d, c));
+  target[3] = hn::GetLane(hn::MaxOfLanes(d, e));
+#endif
+}
+
 /// Query rows for the loops below: padded with zeros to `padded_dim`, 64-byte aligned.
 struct QueryRows {
   const float* data = nullptr;
