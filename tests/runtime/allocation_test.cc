@@ -1,7 +1,10 @@
+#include "selectors/registry.h"
 #include "tests/allocation_counter.h"
 #include "tests/runtime/harness.h"
 
 #include <gtest/gtest.h>
+
+#include <string>
 
 namespace kvtier::testing {
 namespace {
@@ -68,6 +71,37 @@ TEST(Allocation, EstimatingAndMeasuringAllocateNothing) {
     EXPECT_GT(after.tiers[2].hits, before.tiers[2].hits);
     EXPECT_EQ(harness.device().wrong_blocks(), 0u);
   }
+}
+
+// Every selector that needs nothing beside keys, values and queries (and no file of head classes);
+// a step of the whole runtime.
+TEST(Allocation, AStepAllocatesNothingWhateverTheSelector) {
+  std::uint32_t tried = 0;
+  for (const SelectorListing& listing : known_selectors()) {
+    const SelectorNeeds& needs = listing.needs;
+    if (needs.landmark_tokens || needs.sentence_ends || needs.external_scores) continue;
+    if (listing.name == "head-class") continue;
+    HarnessOptions options;
+    options.selector = listing.decorates ? listing.name + "/mean" : listing.name;
+    options.tokens_max = 1200;
+    Harness harness(options);
+    ASSERT_TRUE(harness.append(700).ok()) << options.selector;
+    const auto decode = [&](std::uint32_t tokens, std::uint32_t budget) {
+      for (std::uint32_t i = 0; i < tokens; ++i) {
+        ASSERT_TRUE(harness.append(1).ok()) << options.selector;
+        for (std::uint32_t layer : {0u, 1u}) {
+          const Status status = harness.step(layer, budget);
+          ASSERT_TRUE(status.ok()) << options.selector << ": " << status.to_string();
+        }
+      }
+    };
+    decode(60, 160);
+    const std::uint64_t allocations = allocation_count();
+    decode(60, 140);
+    EXPECT_EQ(allocation_count() - allocations, 0u) << options.selector;
+    ++tried;
+  }
+  EXPECT_GE(tried, 20u);
 }
 
 }  // namespace
