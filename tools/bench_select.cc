@@ -207,7 +207,9 @@ Result<Row> measure(const std::string& name, const BenchSelectOptions& options, 
   std::vector<double> selecting;
   std::vector<double> estimating;
   std::vector<double> attending;
-  const auto budget = static_cast<std::uint32_t>(options.budget * context.tokens());
+  const std::uint32_t budget = options.budget_tokens > 0
+                                   ? options.budget_tokens
+                                   : static_cast<std::uint32_t>(options.budget * context.tokens());
   Status status;
   for (std::uint32_t step = 0; step <= options.steps && status.ok(); ++step) {
     const SelectRequest request = context.request(step, budget);
@@ -249,12 +251,14 @@ std::vector<std::string> names_of(const BenchSelectOptions& options) {
 
 std::string table(const BenchSelectOptions& options, const std::vector<Row>& rows) {
   std::string text = fmt::format(
-      "context  {} KV heads x {}, {} query heads each, float16; blocks of {}, budget {:g} %, {} "
+      "context  {} KV heads x {}, {} query heads each, float16; blocks of {}, budget {}, {} "
       "threads\nfigures  medians of {} steps; exact: attention over every token, in turns with "
       "each selector\n\n{:<28} {:>8} {:>10} {:>10} {:>9} {:>9} {:>9} {:>9}\n",
       options.kv_heads, options.head_dim, options.queries_per_kv_head, options.block_tokens,
-      100.0 * options.budget, options.threads, options.steps, "selector", "tokens", "us/token",
-      "keeps/KV", "select ms", "rest ms", "exact ms", "of exact");
+      options.budget_tokens > 0 ? fmt::format("{} tokens", options.budget_tokens)
+                                : fmt::format("{:g} %", 100.0 * options.budget),
+      options.threads, options.steps, "selector", "tokens", "us/token", "keeps/KV", "select ms",
+      "rest ms", "exact ms", "of exact");
   for (const Row& row : rows) {
     text +=
         fmt::format("{:<28} {:>8} {:>10.2f} {:>9.2f}% {:>9.2f} {:>9} {:>9.2f} {:>8.1f}%\n",
@@ -274,6 +278,7 @@ std::string json(const BenchSelectOptions& options, const std::vector<Row>& rows
       {"head_dim", options.head_dim}, {"block_tokens", options.block_tokens},
       {"budget", options.budget},     {"threads", options.threads},
       {"steps", options.steps}};
+  if (options.budget_tokens > 0) json["options"]["budget_tokens"] = options.budget_tokens;
   json["rows"] = nlohmann::ordered_json::array();
   for (const Row& row : rows) {
     json["rows"].push_back({{"selector", row.selector},

@@ -17,7 +17,9 @@ struct BenchSelectOptions {
   std::uint32_t queries_per_kv_head = 4;
   std::uint32_t head_dim = 128;
   std::uint32_t block_tokens = 8;
-  double budget = 0.02;  ///< Share of the tokens.
+  double budget = 0.02;  ///< Share of the tokens,
+  /// unless a number of tokens is given: what grows with the budget and what with the context.
+  std::uint32_t budget_tokens = 0;
   unsigned threads = 2;
   /// Steps measured after one that is not; figures are medians.
   unsigned steps = 7;

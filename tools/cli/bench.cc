@@ -116,6 +116,9 @@ void add_select(CLI::App& bench, ExitCode& exit_code) {
   add_values(*verb, "--selector", options->selectors, parse_selector,
              "Selectors, as listed by `kvtier selectors`, or all", "all");
   add_values(*verb, "--tokens", options->tokens, parse_tokens, "Lengths of the context", "131072");
+  add_value(*verb, "--budget-tokens", options->budget_tokens, parse_positive,
+            "Tokens chosen per KV head, sinks and window included, whatever the context",
+            "2 % of the context");
   add_value(*verb, "--threads", options->threads, parse_positive, "Threads", "2");
   add_value(*verb, "--steps", options->steps, parse_positive, "Steps measured", "7");
   verb->footer(
