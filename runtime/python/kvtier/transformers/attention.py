@@ -6,6 +6,7 @@ own plain attention, for models whose logits are capped or have sinks, which SDP
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import sys
 import warnings
@@ -25,6 +26,8 @@ NAMES = (SDPA, EAGER)
 _MARK = "_kvtier_call"
 # The cache's name among the arguments: the first one at first, the second one since 5.24 or so.
 CACHE_NAMES = ("past_key_values", "cache")
+# On an attention module: what hears of each of its attentions, see `listen`.
+_LISTENER = "_kvtier_listener"
 # Queries of an exempt layer whose mask is made at once: queries * keys booleans.
 _MASK_QUERIES = 512
 
@@ -32,6 +35,48 @@ _MASK_QUERIES = 512
 class TieredLength(int):
     """The length of a cache that needs no mask but its padding. How the mask function knows, which
     is not handed the cache."""
+
+
+@dataclasses.dataclass
+class Heard:
+    """One layer's attention in one forward, as it reached the attention function."""
+
+    layer: int               # Of the model.
+    begin: int               # Position of the first new token.
+    query: torch.Tensor      # [rows, query_heads, new, head_dim], rotated.
+    keys: torch.Tensor       # [rows, kv_heads, new, head_dim], rotated: of the new tokens alone.
+    values: torch.Tensor     # [rows, kv_heads, new, value_dim].
+    out: torch.Tensor        # [rows, new, query_heads, value_dim].
+    exact: bool              # Whether `out` is attention over every token.
+    tiered: bool             # Whether a TieredCache holds the layer.
+    scale: float
+    softcap: float
+    sinks: torch.Tensor | None    # [query_heads], logits.
+    sliding_window: int | None
+
+
+def listen(model: Any, layers: list[int], listener: Callable[[Heard], None]) -> None:
+    """Tells ``listener`` of every attention of ``layers`` while kvtier's attention is switched on;
+    one listener per model. What it raises ends the forward."""
+    modules = _numbered(model)
+    if any(hasattr(module, _LISTENER) for module in modules):
+        raise InvalidArgument("the model is being recorded already: one recording at a time")
+    for module in modules:
+        setattr(module, _LISTENER, listener if module.layer_idx in layers else _deaf)
+
+
+def forget_listener(model: Any) -> None:
+    for module in _numbered(model):
+        module.__dict__.pop(_LISTENER, None)
+
+
+def _deaf(heard: Heard) -> None:
+    """Of the layers that are not listened to; tells that stock attention is meant there too."""
+
+
+def _numbered(model: Any) -> list[Any]:
+    # Some models number their decoder layers too, which never reach an attention function.
+    return [each for each in model.modules() if hasattr(each, "layer_idx")]
 
 
 class _Carrier(torch.Tensor):
@@ -139,25 +184,74 @@ def _attention_over(stock: str) -> Callable[..., tuple[torch.Tensor, torch.Tenso
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         mark = getattr(key, _MARK, None)
         key, value = key.as_subclass(torch.Tensor), value.as_subclass(torch.Tensor)
+        listener = getattr(module, _LISTENER, None)
         if isinstance(mark, Call):
             mark.take(key, value)
-            return _tiered(mark, query, attention_mask, scaling, kwargs), None
-        inner = _stock_function(stock, module)
-        if isinstance(mark, Store):
-            mark.stock_calls += 1
-            return _exempt(
-                inner, stock, module, query, key, value, attention_mask, scaling, kwargs
-            )
-        if kwargs.get("sliding_window") is None:
-            warnings.warn(
-                "a model with kvtier's attention ran without a TieredCache (use_cache=False, or "
-                "another cache): stock attention over every token",
-                StockAttentionWarning,
-                stacklevel=2,
-            )
-        return inner(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+            answer = _tiered(mark, query, attention_mask, scaling, kwargs), None
+        else:
+            inner = _stock_function(stock, module)
+            given = (inner, stock, module, query, key, value, attention_mask, scaling, kwargs)
+            if isinstance(mark, Store):
+                mark.stock_calls += 1
+                answer = _exempt(*given)
+            else:
+                answer = _untiered(*given, expected=listener is not None)
+        if listener not in (None, _deaf):
+            listener(_heard(module, mark, query, key, value, answer[0], scaling, kwargs))
+        return answer
 
     return attention
+
+
+def _untiered(
+    inner: Callable[..., Any],
+    stock: str,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+    *,
+    expected: bool,
+) -> Any:
+    """Stock attention, with a warning where nobody can have meant it."""
+    if not expected and kwargs.get("sliding_window") is None:
+        warnings.warn(
+            "a model with kvtier's attention ran without a TieredCache (use_cache=False, or "
+            "another cache): stock attention over every token",
+            StockAttentionWarning,
+            stacklevel=3,
+        )
+    return inner(module, query, key, value, mask, scaling=scaling, **kwargs)
+
+
+def _heard(
+    module: torch.nn.Module,
+    mark: Call | Store | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> Heard:
+    count = query.shape[2]
+    return Heard(
+        layer=int(module.layer_idx),  # type: ignore[arg-type]
+        begin=mark.end - count if isinstance(mark, Call) else key.shape[2] - count,
+        query=query,
+        keys=key[:, :, -count:],
+        values=value[:, :, -count:],
+        out=out,
+        exact=not isinstance(mark, Call) or mark.store.is_exact(count),
+        tiered=isinstance(mark, Call),
+        scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
+        softcap=kwargs.get("softcap") or 0.0,
+        sinks=kwargs.get("s_aux"),
+        sliding_window=kwargs.get("sliding_window"),
+    )
 
 
 def _tiered(

@@ -165,6 +165,10 @@ class Store:
             assert self.runtime is not None
             self.probe(self.runtime, layer, queries)
 
+    def is_exact(self, count: int) -> bool:
+        """Whether a forward of that many new tokens attends everything."""
+        return count > self.options.exact_above or self.options.budget == 1.0
+
     def _budget(self, tokens: int) -> int:
         """In tokens. Never below what every step attends: sinks and window."""
         assert self.runtime is not None

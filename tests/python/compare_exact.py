@@ -1,0 +1,247 @@
+"""usage: compare_exact.py MODEL_FOLDER RESULTS.json [--groups 5] [--modes single,batch,...]
+          compare_exact.py --table RESULTS.json
+
+Budget 100 % against the stock cache with a real model in float32: float32 blocks, a tenth of the KV
+on the device, three tenths in host memory, the rest on disk. Every mode forces the tokens of the
+stock model's own greedy text on both and compares all logits of 256 new tokens; so greedy text is
+the same wherever the largest logit is the same, and where it is not, the gap between the stock
+model's two largest is kept.
+
+Groups of four prompts from the text of the shipped trace. Long (minutes per group and mode) and
+needs a model, so it is no test; what is in RESULTS.json is not computed again.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import DynamicCache
+
+from compare_model import trace_tokens
+from kvtier.transformers import TieredCache
+from kvtier.transformers.attention import cache_name
+
+NEW = 256
+GROUP = 4
+# Tokens of the prompts of a group.
+LENGTHS = (300, 180, 600, 240, 420)
+# Tokens that the rows of a padded batch lack at their beginning.
+SHORTER = (0, 37, 91, 140)
+TURN, TURN_TOKENS = 96, 60     # Decoded before the second turn; tokens that it brings.
+DRAFT, ACCEPTED = 6, 4         # Tokens of a draft with the one before it; how many are kept.
+REORDER = 5                    # Steps from one reordering of beams to the next.
+
+
+class Comparison:
+    """Two models' logits, place by place."""
+
+    def __init__(self):
+        self.largest, self.places, self.changed, self.gap = 0.0, 0, 0, 0.0
+
+    def add(self, found, expected):
+        """[..., vocabulary] each."""
+        found = found.reshape(-1, found.shape[-1])
+        expected = expected.reshape(found.shape)
+        self.places += found.shape[0]
+        self.largest = max(self.largest, (found - expected).abs().max().item())
+        for row in (found.argmax(-1) != expected.argmax(-1)).nonzero().flatten():
+            top = expected[row].topk(2).values
+            self.changed += 1
+            self.gap = max(self.gap, (top[0] - top[1]).item())
+
+    def result(self, cache, tokens):
+        moved = cache.stats()["runtime"]["disk_to_host_bytes"]
+        assert moved > 0, "nothing was read from disk: the comparison is not what it says"
+        return {"prompt_tokens": tokens, "places": self.places, "largest": self.largest,
+                "changed": self.changed, "gap_of_changed": self.gap, "disk_bytes": moved}
+
+
+def forward(model, ids, cache, **more):
+    return model(ids, **{cache_name(model): cache}, **more).logits
+
+
+def tiered(model, tokens, folder, rows=1):
+    return TieredCache(model, tokens_max=tokens + 16, device_capacity="10%", host_capacity="30%",
+                       disk_path=folder, budget=1.0, dtype="float32", sequences_max=rows,
+                       extent_bytes=32 << 10)
+
+
+def greedy(model, prompts):
+    """[rows, NEW]: the stock model's text."""
+    cache = DynamicCache(config=model.config)
+    logits = forward(model, prompts, cache)[:, -1]
+    told = []
+    for _ in range(NEW):
+        told.append(logits.argmax(-1, keepdim=True))
+        logits = forward(model, told[-1], cache)[:, -1]
+    return torch.cat(told, dim=1)
+
+
+def stock_logits(model, ids, tokens, **more):
+    """Behind each of the last NEW tokens."""
+    return forward(model, ids, DynamicCache(config=model.config), **more)[:, tokens:]
+
+
+def stepwise(model, ids, tokens, folder):
+    """Rows of equal length, token by token."""
+    expected = stock_logits(model, ids, tokens)
+    seen = Comparison()
+    with tiered(model, ids.shape[1], folder, len(ids)) as cache:
+        forward(model, ids[:, :tokens], cache)
+        for place in range(NEW):
+            at = tokens + place
+            seen.add(forward(model, ids[:, at : at + 1], cache)[:, 0], expected[:, place])
+        return seen.result(cache, tokens)
+
+
+def padding(model, ids, tokens, folder):
+    mask = torch.ones_like(ids)
+    for row, shorter in enumerate(SHORTER):
+        mask[row, :shorter] = 0
+    places = (mask.cumsum(-1) - 1).clamp_min(0)
+    expected = stock_logits(model, ids, tokens, attention_mask=mask, position_ids=places)
+    seen = Comparison()
+    with tiered(model, ids.shape[1], folder, len(ids)) as cache:
+        forward(model, ids[:, :tokens], cache, attention_mask=mask[:, :tokens],
+                position_ids=places[:, :tokens])
+        for place in range(NEW):
+            at = tokens + place
+            logits = forward(model, ids[:, at : at + 1], cache, attention_mask=mask[:, : at + 1],
+                             position_ids=places[:, at : at + 1])
+            seen.add(logits[:, 0], expected[:, place])
+        return seen.result(cache, tokens)
+
+
+def turns(model, ids, tokens, folder):
+    """Decodes, reads another turn in one forward, decodes on."""
+    turn = trace_tokens()[:, -TURN_TOKENS:]
+    ids = torch.cat([ids[:, : tokens + TURN], turn, ids[:, tokens + TURN :]], dim=1)
+    expected = forward(model, ids, DynamicCache(config=model.config))
+    seen = Comparison()
+    with tiered(model, ids.shape[1], folder) as cache:
+        forward(model, ids[:, :tokens], cache)
+        at = tokens
+        while at < ids.shape[1]:
+            count = TURN_TOKENS if at == tokens + TURN else 1
+            seen.add(forward(model, ids[:, at : at + count], cache), expected[:, at : at + count])
+            at += count
+        return seen.result(cache, tokens)
+
+
+def assisted(model, ids, tokens, folder):
+    """Drafts whose last tokens are wrong and are taken back, as assisted generation does it."""
+    expected = stock_logits(model, ids, tokens)
+    seen = Comparison()
+    with tiered(model, ids.shape[1], folder) as cache:
+        forward(model, ids[:, :tokens], cache)
+        for begin in range(0, NEW, ACCEPTED):
+            draft = ids[:, tokens + begin : tokens + begin + DRAFT].clone()
+            kept = min(ACCEPTED, NEW - begin)
+            draft[:, kept:] = 17
+            logits = forward(model, draft, cache)
+            seen.add(logits[:, :kept], expected[:, begin : begin + kept])
+            cache.keep(tokens + begin + kept)
+        return seen.result(cache, tokens)
+
+
+def beams(model, ids, tokens, folder):
+    """One prompt, four rows that say different things and change places."""
+    prompt = ids[:1, :tokens].expand(GROUP, -1)
+    generator = torch.Generator().manual_seed(tokens)
+    seen = Comparison()
+    stock = DynamicCache(config=model.config)
+    forward(model, prompt, stock)
+    with tiered(model, ids.shape[1], folder, GROUP) as cache:
+        forward(model, prompt, cache)
+        for place in range(NEW):
+            if place % REORDER == REORDER - 1:
+                order = torch.randint(GROUP, (GROUP,), generator=generator)
+                stock.reorder_cache(order)
+                cache.reorder_cache(order)
+            said = ids[:, tokens + place : tokens + place + 1]
+            seen.add(forward(model, said, cache), forward(model, said, stock))
+        return seen.result(cache, tokens)
+
+
+# Whether a mode takes a group of prompts, or each prompt by itself.
+MODES = {
+    "single": (stepwise, False), "batch": (stepwise, True), "padding": (padding, True),
+    "turns": (turns, False), "assisted": (assisted, False), "beams": (beams, True),
+}
+
+
+def group(model, number, results, path):
+    """The prompts of a group with the stock model's text behind them."""
+    length = LENGTHS[number % len(LENGTHS)]
+    ids = trace_tokens()[0]
+    begin = [(number * GROUP + row) * 340 for row in range(GROUP)]
+    prompts = torch.stack([ids[each : each + length] for each in begin])
+    if str(number) not in results["text"]:
+        results["text"][str(number)] = greedy(model, prompts).tolist()
+        path.write_text(json.dumps(results))
+    return torch.cat([prompts, torch.tensor(results["text"][str(number)])], dim=1), length
+
+
+def run(choices):
+    from transformers import AutoModelForCausalLM
+
+    path = choices.results
+    results = json.loads(path.read_text()) if path.exists() else {"text": {}, "found": {}}
+    torch.set_num_threads(choices.threads or torch.get_num_threads())
+    model = AutoModelForCausalLM.from_pretrained(choices.model, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        for number in range(choices.groups):
+            ids, tokens = group(model, number, results, path)
+            for mode in choices.modes.split(","):
+                compare, together = MODES[mode]
+                for row in [None] if together else range(GROUP):
+                    name = f"{mode} {number} {'all' if row is None else row}"
+                    if name in results["found"]:
+                        continue
+                    part = ids if row is None else ids[row : row + 1]
+                    with tempfile.TemporaryDirectory() as folder:
+                        results["found"][name] = compare(model, part, tokens, folder)
+                    print(name, results["found"][name], flush=True)
+                    path.write_text(json.dumps(results))
+
+
+def table(results):
+    print("| mode | prompts | of tokens | logits compared at | largest difference | largest logit "
+          "elsewhere: places, widest gap of the stock model's top two |")
+    print("|---|---|---|---|---|---|")
+    for mode, (_, together) in MODES.items():
+        found = [v for k, v in results["found"].items() if k.split()[0] == mode]
+        if not found:
+            continue
+        # Of beams one prompt is four rows.
+        prompts = len(found) * (GROUP if together and mode != "beams" else 1)
+        lengths = sorted({each["prompt_tokens"] for each in found})
+        changed = sum(each["changed"] for each in found)
+        gap = f", {max(each['gap_of_changed'] for each in found):.1e}" if changed else ""
+        print(f"| {mode} | {prompts} | {lengths[0]} - {lengths[-1]} | "
+              f"{sum(each['places'] for each in found)} | "
+              f"{max(each['largest'] for each in found):.1e} | {changed}{gap} |")
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--groups", type=int, default=5)
+    parser.add_argument("--modes", default=",".join(MODES))
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--table", action="store_true")
+    choices = parser.parse_args()
+    if choices.table:
+        table(json.loads(choices.results.read_text()))
+    elif choices.model is None:
+        sys.exit("which model? a Hugging Face folder")
+    else:
+        run(choices)
+
+
+if __name__ == "__main__":
+    main()
