@@ -3,6 +3,7 @@
 #include "memory/check.h"
 
 #include <algorithm>
+#include <limits>
 
 namespace kvtier {
 
@@ -19,6 +20,7 @@ BlockTable::BlockTable(const BlockLayout& layout, std::span<std::byte> frames, s
   for (std::uint32_t row = rows; row > 0; --row) free_rows_.push_back(row - 1);
   generations_.assign(std::size_t{rows} * layout.blocks_per_extent(), Generation{0});
   held_.assign(frames_.capacity(), 0);
+  retained_.reserve(frames_.capacity());
   extent_of_frame_.assign(frames_.capacity(), ExtentId{});
   damaged_.assign(std::size_t{frames_.capacity()} * layout.blocks_per_extent(), false);
   damaged_count_.assign(frames_.capacity(), 0);
@@ -87,7 +89,12 @@ std::optional<FrameId> BlockTable::take_free_frame() {
 }
 
 std::optional<ExtentId> BlockTable::choose_victim() {
-  const std::optional<std::uint32_t> frame = policy_->evict(held_);
+  std::optional<std::uint32_t> frame = policy_->evict(held_);
+  if (!frame && !retained_.empty()) {
+    // Nothing else is left: a guess must not keep what is asked for from coming in.
+    let_go_before(std::numeric_limits<std::uint64_t>::max());
+    frame = policy_->evict(held_);
+  }
   if (!frame) return std::nullopt;
   const ExtentId id = extent_of_frame_[*frame];
   const HomeState state = row(id).state;
@@ -125,6 +132,7 @@ void BlockTable::detach_frame(ExtentId id) {
 }
 
 void BlockTable::lose_frame(ExtentId id) {
+  let_go(id);
   const FrameId frame = row(id).frame;
   policy_->remove(frame.value);
   if (held_[frame.value] == 0) --droppable_;
@@ -135,6 +143,7 @@ void BlockTable::lose_frame(ExtentId id) {
 }
 
 void BlockTable::hold_frame(ExtentId id) {
+  let_go(id);
   std::uint16_t& held = held_[row(id).frame.value];
   if (held == 0) --droppable_;
   ++held;
@@ -145,6 +154,35 @@ void BlockTable::unhold_frame(ExtentId id) {
   KVTIER_CHECK(held > 0, "frame {} is not held", row(id).frame.value);
   --held;
   if (held == 0) ++droppable_;
+}
+
+void BlockTable::retain(ExtentId id, std::uint64_t until) {
+  KVTIER_CHECK(!is_held(id), "extent {} is in use: no guess", id.value);
+  Extent& extent = row(id);
+  if (extent.retained_until == 0) {
+    hold_frame(id);
+    retained_.push_back(id);
+  }
+  extent.retained_until = std::max(extent.retained_until, until);
+}
+
+void BlockTable::let_go(ExtentId id) {
+  if (row(id).retained_until == 0) return;
+  row(id).retained_until = 0;
+  unhold_frame(id);
+  *std::ranges::find(retained_, id) = retained_.back();
+  retained_.pop_back();
+}
+
+void BlockTable::let_go_before(std::uint64_t step) {
+  for (std::size_t i = retained_.size(); i > 0; --i) {
+    const ExtentId id = retained_[i - 1];
+    if (row(id).retained_until >= step) continue;
+    row(id).retained_until = 0;
+    unhold_frame(id);
+    retained_[i - 1] = retained_.back();
+    retained_.pop_back();
+  }
 }
 
 ExtentHeader BlockTable::header(ExtentId id) const {

@@ -4,6 +4,7 @@
 #include "memory/ids.h"
 #include "memory/slot_pool.h"
 #include "runtime/block_state.h"
+#include "runtime/guess_source.h"
 #include "selectors/eviction_policy.h"
 #include "transfer/extent_format.h"
 #include "transfer/transfer_engine.h"
@@ -37,10 +38,16 @@ struct Extent {
   std::uint32_t sealed = 0;
   /// Of the write (kWriting) or read (kReading) that is under way.
   Transfer transfer;
-  /// Brought in by look-ahead and not used yet.
+  /// Brought in by look-ahead and not used yet, and on whose word.
   bool prefetched = false;
-  /// Step at which look-ahead last wanted this extent but had no bytes left for it.
-  std::uint64_t predicted_step = 0;
+  GuessSource guess = GuessSource::kPreviousSet;
+  /// Its frame is kept for a step up to this one; 0 when it is not (see `BlockTable::retain`).
+  std::uint64_t retained_until = 0;
+  /// Look-ahead wanted this extent for a step up to this one, but had no budget left for it.
+  std::uint64_t predicted_until = 0;
+  /// How often steps have missed blocks of it, fading, as of a step (`LookAhead::note_miss`).
+  float misses = 0.0f;
+  std::uint64_t misses_step = 0;
 };
 
 /// Where every extent's home is: the only writer of homes, frames and places on disk.
@@ -83,8 +90,8 @@ class BlockTable {
   std::uint32_t frames() const { return frames_.capacity(); }
   std::uint32_t frames_used() const { return frames_.used(); }
   std::uint32_t frames_peak() const { return frames_.peak(); }
-  /// Frames that are free, or hold what nobody holds on to.
-  std::uint32_t frames_available() const { return frames_.free() + droppable_; }
+  /// Frames that are free, or hold what nobody holds on to but look-ahead.
+  std::uint32_t frames_available() const { return frames_.free() + droppable_ + frames_retained(); }
 
   std::optional<FrameId> take_free_frame();
   void give_back_frame(FrameId frame) { frames_.release(frame.value); }
@@ -103,7 +110,19 @@ class BlockTable {
   /// A held frame is not chosen as a victim. Counts.
   void hold_frame(ExtentId id);
   void unhold_frame(ExtentId id);
-  bool is_held(ExtentId id) const { return held_.at(row(id).frame.value) > 0; }
+  /// Retained frames do not count as held.
+  bool is_held(ExtentId id) const {
+    return row(id).retained_until == 0 && held_.at(row(id).frame.value) > 0;
+  }
+
+  /// Keeps the frame of a guess from leaving until step `until` has passed, unless nothing else is
+  /// left to leave. Whoever holds the frame meanwhile ends this: the guess has come true. The frame
+  /// is not held.
+  void retain(ExtentId id, std::uint64_t until);
+  void let_go(ExtentId id);
+  /// Lets go of what was retained for steps before `step`.
+  void let_go_before(std::uint64_t step);
+  std::uint32_t frames_retained() const { return static_cast<std::uint32_t>(retained_.size()); }
 
   std::span<std::byte> frame_bytes(FrameId frame) const {
     return {frames_.address(frame.value), layout_.extent_bytes()};
@@ -138,7 +157,8 @@ class BlockTable {
 
   // Invariants: a row that has a frame is in exactly one of: held (held_ > 0) or droppable; a
   // droppable frame is known to the policy; droppable_ counts them. Rows in kFilling and kHost are
-  // always held, because no other copy exists.
+  // always held, because no other copy exists. A row with retained_until > 0 is in retained_, and
+  // its frame is held once, by that alone.
   BlockLayout layout_;
   std::vector<Extent> rows_;
   std::vector<std::uint32_t> free_rows_;
@@ -146,6 +166,7 @@ class BlockTable {
   SlotPool frames_;
   std::unique_ptr<EvictionPolicy> policy_;
   std::vector<std::uint16_t> held_;
+  std::vector<ExtentId> retained_;
   std::vector<ExtentId> extent_of_frame_;
   std::uint32_t droppable_ = 0;
   std::vector<bool> damaged_;

@@ -42,7 +42,20 @@ std::optional<SlotId> DeviceMap::take(BlockId id, ResidencyEvent event) {
   return slot;
 }
 
+void DeviceMap::mark_guess(SlotId slot, GuessSource source) {
+  slots_[slot.value].is_guess = true;
+  slots_[slot.value].source = source;
+}
+
+void DeviceMap::end_guess(Slot& slot, bool used) {
+  if (!slot.is_guess) return;
+  slot.is_guess = false;
+  GuessEnds& ends = guess_ends_[static_cast<std::size_t>(slot.source)];
+  ++(used ? ends.used : ends.unused);
+}
+
 void DeviceMap::vacate(SlotId slot) {
+  end_guess(slots_[slot.value], false);
   slot_of_block_[slots_[slot.value].block.value] = SlotId{};
   slots_[slot.value].block = BlockId{};
   held_[slot.value] = 0;
@@ -60,6 +73,7 @@ void DeviceMap::arrive(SlotId slot, Admission why) {
 
 void DeviceMap::fail(SlotId slot) {
   advance(slot, ResidencyEvent::kFail);
+  slots_[slot.value].is_guess = false;
   vacate(slot);
 }
 
@@ -87,6 +101,7 @@ void DeviceMap::release(BlockId id) {
 }
 
 void DeviceMap::touch(SlotId slot) {
+  end_guess(slots_[slot.value], true);
   if (slots_[slot.value].state == ResidencyState::kResident) policy_->touch(slot.value);
 }
 

@@ -4,8 +4,10 @@
 #include "memory/ids.h"
 #include "memory/slot_pool.h"
 #include "runtime/block_state.h"
+#include "runtime/guess_source.h"
 #include "selectors/eviction_policy.h"
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -13,6 +15,12 @@
 #include <vector>
 
 namespace kvtier {
+
+/// How guesses of one source ended, in blocks.
+struct GuessEnds {
+  std::uint64_t used = 0;
+  std::uint64_t unused = 0;
+};
 
 /// Which blocks are on the device, and in which slots: the only writer of device residency.
 ///
@@ -48,6 +56,13 @@ class DeviceMap {
   /// The block's tokens are gone. Any state but arriving; whatever held it holds no more.
   void release(BlockId id);
 
+  /// What was reserved is only a guess: its first `touch` makes it a used one, leaving before that
+  /// an unused one. One that fails is neither.
+  void mark_guess(SlotId slot, GuessSource source);
+  const GuessEnds& guess_ends(GuessSource source) const {
+    return guess_ends_[static_cast<std::size_t>(source)];
+  }
+
   void touch(SlotId slot);
   /// A held slot is not evicted. Counts.
   void hold(SlotId slot);
@@ -63,10 +78,13 @@ class DeviceMap {
   struct Slot {
     BlockId block;
     ResidencyState state = ResidencyState::kAbsent;
+    bool is_guess = false;
+    GuessSource source = GuessSource::kPreviousSet;
   };
 
   std::optional<SlotId> take(BlockId id, ResidencyEvent event);
   void vacate(SlotId slot);
+  void end_guess(Slot& slot, bool used);
   void advance(SlotId slot, ResidencyEvent event);
 
   // Invariants: slot_of_block_ and slots_[].block are inverse to each other; the policy knows
@@ -78,6 +96,7 @@ class DeviceMap {
   std::uint32_t evictable_ = 0;
   std::unique_ptr<EvictionPolicy> policy_;
   std::uint64_t evictions_ = 0;
+  std::array<GuessEnds, kGuessSourceCount> guess_ends_{};
 };
 
 }  // namespace kvtier

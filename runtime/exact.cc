@@ -22,7 +22,7 @@ Status Sequence::attend(const ExactRequest& request, StepReport* report) {
   const Duration start = runtime.now();
   const std::uint32_t tokens = s.tokens[request.layer.value];
   StepTiming timing;
-  runtime.counters.waits = 0;
+  runtime.begin_waits();
   ++runtime.attends;
   s.attended.clear();
   s.failures.clear();
@@ -40,7 +40,7 @@ Status Sequence::attend(const ExactRequest& request, StepReport* report) {
   if (!status.ok() && s.failures.empty()) return s.refuse(question, report, status);
   if (status.ok()) s.finish_outputs(question);
   timing.total = runtime.now() - start;
-  timing.waits = runtime.counters.waits;
+  runtime.end_waits(timing);
   s.fill_report(question, timing, report);
   if (report != nullptr && status.ok()) {
     report->attended_tokens_max = tokens;

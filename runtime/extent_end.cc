@@ -15,8 +15,7 @@ void HostTier::release(ExtentId id) {
   Extent& extent = table_.row(id);
   if (extent.state == HomeState::kWriting) end_write(id);
   if (extent.state == HomeState::kReading) abandon_read(id);
-  if (extent.prefetched) counters_.prefetch.wasted_bytes += layout_.extent_bytes();
-  extent.prefetched = false;
+  counters_.end_guess(extent, layout_.extent_bytes(), false);
   table_.release(id);
 }
 
@@ -36,8 +35,7 @@ void HostTier::reopen(ExtentId id, std::uint32_t first_cut) {
     }
   }
   extent.sealed = std::min(extent.sealed, first_cut);
-  if (extent.prefetched) counters_.prefetch.useful_bytes += layout_.extent_bytes();
-  extent.prefetched = false;
+  counters_.end_guess(extent, layout_.extent_bytes(), true);
 }
 
 Status HostTier::adopt(ExtentId id) {

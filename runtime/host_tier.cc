@@ -12,6 +12,7 @@ HostTier::HostTier(const Parts& parts)
       table_(*parts.table),
       map_(*parts.map),
       engine_(*parts.engine),
+      clock_(*parts.clock),
       verify_(parts.verify),
       counters_(*parts.counters),
       reading_frames_(parts.reading_frames) {
@@ -57,28 +58,36 @@ void HostTier::drop(ExtentId id) {
   } else {
     table_.advance(id, HomeEvent::kDropFrame);
   }
-  if (extent.prefetched) counters_.prefetch.wasted_bytes += layout_.extent_bytes();
-  extent.prefetched = false;
+  counters_.end_guess(extent, layout_.extent_bytes(), false);
   table_.detach_frame(id);
   ++counters_.host_evictions;
+}
+
+// A transfer of the disk that something waits for is no longer in the background.
+Status HostTier::wait_for(Transfer& transfer) {
+  transfer.raise(Priority::kDemand);
+  const Duration start = clock_.now();
+  Status status = transfer.wait();
+  counters_.disk_wait += clock_.now() - start;
+  return status;
 }
 
 // Not cancelled: whether a cancellation comes in time depends on timing, and what a file has seen
 // must not (a faulty one counts its uses).
 void HostTier::abandon_read(ExtentId id) {
-  (void)table_.row(id).transfer.wait();  // Whatever came of it is not wanted any more.
+  (void)wait_for(table_.row(id).transfer);  // Whatever came of it is not wanted any more.
   table_.advance(id, HomeEvent::kReadFailed);
 }
 
 void HostTier::end_write(ExtentId id) {
   Extent& extent = table_.row(id);
-  Status written = extent.transfer.wait();
+  Status written = wait_for(extent.transfer);
   for (int attempt = 1;
        !written.ok() && written.code() != StatusCode::kNoSpace && attempt < kWriteAttempts;
        ++attempt) {
     table_.change_place(id);
     written = submit_write(id);
-    if (written.ok()) written = extent.transfer.wait();
+    if (written.ok()) written = wait_for(extent.transfer);
   }
   if (written.ok()) {
     table_.advance(id, HomeEvent::kWriteDone);
@@ -313,7 +322,7 @@ void HostTier::finish_read(ExtentId id, std::span<const BlockId> wanted,
   for (int attempt = 1;; ++attempt) {
     const TransferState state = extent.transfer.poll();
     if (state == TransferState::kQueued || state == TransferState::kInFlight) ++counters_.waits;
-    status = extent.transfer.wait();
+    status = wait_for(extent.transfer);
     if (status.ok()) status = verify_arrival(id);
     const auto damaged =
         status.ok() ? count_damaged(wanted) : static_cast<std::uint32_t>(wanted.size());

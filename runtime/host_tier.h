@@ -23,6 +23,17 @@ struct MoverCounters {
   std::uint64_t disk_writes_failed = 0;
   /// Transfers that were not in when they were needed, since the counter was last reset.
   std::uint32_t waits = 0;
+  /// Time spent waiting for the disk, since the same.
+  Duration disk_wait{};
+
+  /// A guess came to its end: its extent was used, or left unused.
+  void end_guess(Extent& extent, std::uint64_t bytes, bool used) {
+    if (!extent.prefetched) return;
+    extent.prefetched = false;
+    GuessStats& source = prefetch.sources[static_cast<std::size_t>(extent.guess)].to_host;
+    (used ? prefetch.useful_bytes : prefetch.wasted_bytes) += bytes;
+    (used ? source.useful_bytes : source.wasted_bytes) += bytes;
+  }
 };
 
 /// Checks one block's bytes against the checksum recorded when it sealed.
@@ -54,6 +65,7 @@ class HostTier {
     BlockTable* table;
     DeviceMap* map;
     TransferEngine* engine;
+    const Clock* clock;  ///< For how long it waits.
     VerifyMode verify;
     MoverCounters* counters;
     /// Frames that a step must find free or droppable to read what it selects.
@@ -91,6 +103,8 @@ class HostTier {
   /// Starts reading an extent from disk into a frame; `why` is what eviction is told of it. May
   /// wait for another to leave.
   Status start_read(ExtentId id, Priority priority, Admission why = Admission::kUsed);
+  /// Somebody will soon wait for this extent's read: it overtakes those that nobody asked for.
+  void hasten_read(ExtentId id) { table_.row(id).transfer.raise(Priority::kDemand); }
   /// Waits until the extent is in its frame and every block of it is verified. Reads again while a
   /// block of `wanted` (all of this extent) is damaged, then adds what cannot be had to `failures`.
   void finish_read(ExtentId id, std::span<const BlockId> wanted,
@@ -122,6 +136,7 @@ class HostTier {
   bool copy_block(BlockId source, std::byte* target);
   Status out_of_frames() const;
   void drop(ExtentId id);
+  Status wait_for(Transfer& transfer);
   void end_write(ExtentId id);
   void abandon_read(ExtentId id);
   Status submit_write(ExtentId id);
@@ -143,6 +158,7 @@ class HostTier {
   BlockTable& table_;
   DeviceMap& map_;
   TransferEngine& engine_;
+  const Clock& clock_;
   VerifyMode verify_;
   MoverCounters& counters_;
   std::uint32_t reading_frames_;

@@ -51,8 +51,10 @@ struct RuntimeOptions {
 
   // How it moves.
   std::string eviction = "lrfu";  ///< For device slots and host frames; see `make_eviction_policy`.
-  /// Bytes per step that look-ahead may promote from disk to host; 0 switches it off.
+  /// Bytes per step that look-ahead may promote from disk to host; 0 switches that off.
   std::uint64_t look_ahead_bytes = 0;
+  /// Bytes per step that it may promote from host frames to the device, likewise.
+  std::uint64_t look_ahead_device_bytes = 0;
   VerifyMode verify = VerifyMode::kArrivals;
   /// Attends and merges in one fixed order whatever is resident: results are equal bit for bit
   /// across capacities, at the price of the overlap between resident and missing blocks.

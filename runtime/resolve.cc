@@ -23,7 +23,7 @@ Status Sequence::resolve(const StepRequest& request, ResolvedBlocks* resolved) {
         request.query_count));
   }
   const Duration start = runtime.now();
-  runtime.counters.waits = 0;
+  runtime.begin_waits();
   ++runtime.steps;
   runtime.look_ahead->begin_step(runtime.steps);
   s.attended.clear();
@@ -33,13 +33,11 @@ Status Sequence::resolve(const StepRequest& request, ResolvedBlocks* resolved) {
   if (status.ok()) status = s.hold_work(resolved->timing);
   resolved->failures = s.failures;
   if (!status.ok()) return status;
-  const Duration before_look_ahead = runtime.now();
   s.hold_after_step(request.layer);
-  s.predict(request.layer);
-  resolved->timing.look_ahead += runtime.now() - before_look_ahead;
+  resolved->timing.look_ahead += s.predict(request.layer);
   s.fill_resolved(resolved);
   resolved->timing.total = runtime.now() - start;
-  resolved->timing.waits = runtime.counters.waits;
+  runtime.end_waits(resolved->timing);
   return {};
 }
 

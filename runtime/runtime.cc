@@ -218,15 +218,20 @@ Status Runtime::State::make_parts() {
   const std::uint64_t blocks = (frame_count + places) * layout.blocks_per_extent();
   map = std::make_unique<DeviceMap>(layout, slab.bytes(), blocks, std::move(slot_policy));
   host = std::make_unique<HostTier>(HostTier::Parts{
-      &layout, table.get(), map.get(), engine.get(), options.verify, &counters,
+      &layout, table.get(), map.get(), engine.get(), environment.clock, options.verify, &counters,
       places > 0 ? static_cast<std::uint32_t>(reading_frames(options, layout)) : 0});
   const std::uint64_t spoken_for = needs.device_bytes / layout.block_bytes();
   outliers_held_max =
       static_cast<std::uint32_t>(slots - std::min<std::uint64_t>(slots, spoken_for));
+  device_guesses = std::make_unique<DeviceGuesses>(
+      DeviceGuesses::Parts{&layout, table.get(), map.get(), host.get(), engine.get(),
+                           options.verify, &counters},
+      options.look_ahead_device_bytes);
   look_ahead = std::make_unique<LookAhead>(
-      LookAhead::Parts{&layout, table.get(), map.get(), host.get(), &counters},
+      LookAhead::Parts{&layout, table.get(), map.get(), host.get(), device_guesses.get(),
+                       &counters},
       LookAhead::Limits{.bytes_per_step = places > 0 ? options.look_ahead_bytes : 0,
-                        .steps_ahead = options.layers});
+                        .steps_per_token = options.layers});
   for (auto& wave : waves) {
     wave = std::make_unique<WaveFetch>(WaveFetch::Parts{&layout, table.get(), map.get(), host.get(),
                                                         engine.get(), options.verify, &counters},
@@ -265,6 +270,19 @@ Result<std::unique_ptr<Sequence>> Runtime::create_sequence(Origin origin) {
   return std::unique_ptr<Sequence>(new Sequence(std::move(state)));
 }
 
+// What became of guesses on the device is the map's to say.
+PrefetchStats Runtime::State::prefetch_stats() const {
+  PrefetchStats stats = counters.prefetch;
+  for (int i = 0; i < kGuessSourceCount; ++i) {
+    const GuessEnds& ends = map->guess_ends(static_cast<GuessSource>(i));
+    GuessSourceStats& source = stats.sources[static_cast<std::size_t>(i)];
+    source.to_device.useful_bytes = ends.used * layout.block_bytes();
+    source.to_device.wasted_bytes = ends.unused * layout.block_bytes();
+    stats.to_device += source.to_device;
+  }
+  return stats;
+}
+
 RuntimeStats Runtime::stats() const {
   const State& s = *state_;
   const std::uint64_t block = s.layout.block_bytes();
@@ -292,7 +310,7 @@ RuntimeStats Runtime::stats() const {
     stats.routes[static_cast<std::size_t>(route)] = s.engine->stats(static_cast<Route>(route));
   }
   stats.verification = s.counters.verification;
-  stats.prefetch = s.counters.prefetch;
+  stats.prefetch = s.prefetch_stats();
   stats.metadata_bytes = s.metadata_bytes_peak;
   stats.steps = s.steps;
   stats.waves = s.wave_count;

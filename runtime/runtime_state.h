@@ -33,6 +33,7 @@ struct Runtime::State {
   std::unique_ptr<BlockTable> table{};
   std::unique_ptr<DeviceMap> map{};
   std::unique_ptr<HostTier> host{};
+  std::unique_ptr<DeviceGuesses> device_guesses{};
   std::unique_ptr<LookAhead> look_ahead{};
   /// The wave that is attended and the one that is fetched meanwhile.
   std::array<std::unique_ptr<WaveFetch>, 2> waves{};
@@ -55,6 +56,7 @@ struct Runtime::State {
 
   /// Every public call that changes anything begins with this.
   void begin_call() {
+    if (look_ahead != nullptr) look_ahead->settle();
     for (SlotId slot : resolved_slots) map->unhold(slot);
     resolved_slots.clear();
   }
@@ -66,6 +68,20 @@ struct Runtime::State {
   /// Whether one sequence more may be open, and that it is.
   Status check_room() const;
   SequenceId add_sequence();
+  /// Steps from one token to the next, of all sequences together.
+  std::uint64_t steps_per_token() const {
+    return std::uint64_t{options.layers} * std::max(1u, sequences_open);
+  }
+  PrefetchStats prefetch_stats() const;
+  /// What a call waits for is counted between these.
+  void begin_waits() {
+    counters.waits = 0;
+    counters.disk_wait = {};
+  }
+  void end_waits(StepTiming& timing) const {
+    timing.waits = counters.waits;
+    timing.disk_wait = counters.disk_wait;
+  }
   Duration now() const { return environment.clock->now(); }
   void record(Track track, const char* name, Duration start, Duration end,
               std::uint64_t bytes) const {

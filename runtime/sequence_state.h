@@ -28,8 +28,10 @@ struct Stream {
   std::uint32_t held_begin = 0;
   /// Blocks that the selector wants at every step, held once more.
   std::vector<BlockIndex> outliers;
-  /// What the last step attended outside sinks and window: a prediction of the next.
-  std::vector<BlockId> last_set;
+  /// What the last step ranked outside sinks and window, and how many of it it attended: a forecast
+  /// of the next.
+  std::vector<BlockId> ranked;
+  std::uint32_t chosen = 0;
 };
 
 /// A block to be attended in a step.
@@ -45,7 +47,7 @@ struct WorkItem {
 /// What a sequence owns. Private to runtime/; the behaviour is in sequence.cc (tokens come),
 /// truncate.cc (they are taken back), fork.cc (two sequences share them), saved_prefix.cc (they
 /// outlive the process), step.cc (a step is
-/// planned and concluded), waves.cc (its blocks are fetched and attended) and rest.cc (what is not
+/// planned and concluded), predict.cc (what comes next is guessed), waves.cc (its blocks are fetched and attended) and rest.cc (what is not
 /// attended is estimated).
 struct Sequence::State {
   Runtime::State& runtime;
@@ -213,8 +215,11 @@ struct Sequence::State {
   void append_group_work(Stream& stream, const GroupSelection& selection,
                          std::uint32_t window_begin);
   void hold_after_step(LayerIndex layer);
-  void predict(LayerIndex layer);
   void fill_report(const StepRequest& request, const StepTiming& timing, StepReport* report) const;
+
+  // predict.cc
+  void keep_forecast(LayerIndex layer);
+  Duration predict(LayerIndex layer);
 
   // exact.cc
   Status check_exact(const ExactRequest& request) const;

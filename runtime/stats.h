@@ -3,6 +3,7 @@
 #include "memory/clock.h"
 #include "memory/ids.h"
 #include "memory/region.h"
+#include "runtime/guess_source.h"
 #include "transfer/transfer_engine.h"
 
 #include <array>
@@ -31,15 +32,48 @@ struct VerificationStats {
   std::uint64_t failed = 0;      ///< Wanted and not to be had: named in a step's report.
 };
 
+/// What became of guesses: bytes whose move was started, and of those the bytes that were used
+/// before they had to leave, and those that left, or were there at the end, unused.
+struct GuessStats {
+  std::uint64_t issued_bytes = 0;
+  std::uint64_t useful_bytes = 0;
+  std::uint64_t wasted_bytes = 0;
+
+  GuessStats& operator+=(const GuessStats& other) {
+    issued_bytes += other.issued_bytes;
+    useful_bytes += other.useful_bytes;
+    wasted_bytes += other.wasted_bytes;
+    return *this;
+  }
+};
+
+/// The guesses of one source, and what its measured usefulness has made of its budget.
+struct GuessSourceStats {
+  GuessStats to_host;    ///< Disk to host, in whole extents.
+  GuessStats to_device;  ///< Host to device, in whole blocks.
+  /// What a step may start at the moment, by link.
+  std::uint64_t to_host_budget_bytes = 0;
+  std::uint64_t to_device_budget_bytes = 0;
+  /// How often a budget of either link was halved and doubled (`GuessBudget` has the rule).
+  std::uint64_t halvings = 0;
+  std::uint64_t doublings = 0;
+};
+
 /// What look-ahead did.
 struct PrefetchStats {
+  // Disk to host, all sources together.
   std::uint64_t issued_bytes = 0;
   std::uint64_t useful_bytes = 0;  ///< Used at least once before the frame was needed elsewhere.
   std::uint64_t wasted_bytes = 0;  ///< Dropped unused, or unused at the end.
-  /// Extents that were predicted for this step but left out by the byte budget, and then had to be
-  /// read on demand. A function of the calls, like every other decision; how often the step really
+  /// Extents that were predicted for this step but left out by the budgets, and then had to be read
+  /// on demand. A function of the calls, like every other decision; how often the step really
   /// waited is `StepTiming::waits`.
   std::uint64_t late = 0;
+  /// Extents that a step had to read on demand and that nothing had predicted for it. With `late`,
+  /// all demand reads of steps.
+  std::uint64_t unforeseen = 0;
+  GuessStats to_device;  ///< Host to device, all sources together.
+  std::array<GuessSourceStats, kGuessSourceCount> sources;
 };
 
 /// Snapshot of a runtime's counters since it was opened.
@@ -84,6 +118,9 @@ struct StepTiming {
   Duration rest{};  ///< Estimating what was not attended, and measuring whether that helps.
   Duration look_ahead{};
   Duration total{};
+  /// Of all of these, waiting for the disk: for reads that were not in, and for frames that a read
+  /// or a write still occupied.
+  Duration disk_wait{};
   std::uint32_t waits = 0;  ///< Transfers that were not in when the step needed them.
 };
 

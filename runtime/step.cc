@@ -20,7 +20,7 @@ Status Sequence::step(const StepRequest& request, StepReport* report) {
   if (!checked.ok()) return s.refuse(request, report, checked);
   StepTiming timing;
   const Duration start = runtime.now();
-  runtime.counters.waits = 0;
+  runtime.begin_waits();
   ++runtime.steps;
   runtime.look_ahead->begin_step(runtime.steps);
   s.attended.clear();
@@ -44,7 +44,7 @@ Status Sequence::step(const StepRequest& request, StepReport* report) {
   for (const auto& each : s.selectors) metadata += each->metadata_bytes();
   runtime.metadata_bytes_peak = std::max(runtime.metadata_bytes_peak, metadata);
   timing.total = runtime.now() - start;
-  timing.waits = runtime.counters.waits;
+  runtime.end_waits(timing);
   s.fill_report(request, timing, report);
   return status;
 }
@@ -78,7 +78,7 @@ Status Sequence::State::plan_queries(const StepRequest& request, std::uint32_t f
               .query_count = request.query_count,
               .first_position = pass.first_position,
               .budget_tokens = request.budget_tokens,
-              .band_tokens = runtime.look_ahead->enabled() ? request.budget_tokens : 0,
+              .band_tokens = runtime.look_ahead->band_tokens(request.budget_tokens),
               .external = request.external,
               .layer_demands = layer_demands(),
               .layer = layer};
@@ -105,12 +105,9 @@ Status Sequence::State::step_queries(const StepRequest& request, std::uint32_t f
   const Duration before_rest = runtime.now();
   if (may_estimate(request.layer)) KVTIER_RETURN_IF_ERROR(add_rest(request, question));
   finish_outputs(request);
-  const Duration before_look_ahead = runtime.now();
-  timing.rest += before_look_ahead - before_rest;
+  timing.rest += runtime.now() - before_rest;
   hold_after_step(request.layer);
-  predict(request.layer);
-  timing.look_ahead += runtime.now() - before_look_ahead;
-  runtime.record(Track::kLookAhead, "look_ahead", before_look_ahead, runtime.now(), 0);
+  timing.look_ahead += predict(request.layer);
   return {};
 }
 
@@ -231,7 +228,7 @@ void Sequence::State::append_group_work(Stream& stream, const GroupSelection& se
   if (work.size() > first) work.resize(last + 1);
 }
 
-// --- After the step: what stays, and what comes next.
+// --- After the step: what stays.
 
 void Sequence::State::hold_after_step(LayerIndex layer) {
   // Outliers may be held while at least a quarter of the slots is left to the cache, and never in
@@ -267,62 +264,6 @@ void Sequence::State::hold_after_step(LayerIndex layer) {
       --stream.held_begin;
     }
   }
-}
-
-// --- Look-ahead.
-
-Status Sequence::hint(const StepRequest& guess) {
-  State& s = *state_;
-  Runtime::State& runtime = s.runtime;
-  runtime.begin_call();
-  KVTIER_RETURN_IF_ERROR(s.check_step(guess));
-  if (!runtime.look_ahead->enabled()) return {};
-  const std::uint32_t layer = guess.layer.value;
-  KVTIER_RETURN_IF_ERROR(s.selectors[layer]->hint(
-      {.queries = guess.queries,
-       .query_stride = std::size_t{runtime.options.query_heads} * runtime.layout.head_dim(),
-       .query_count = guess.query_count,
-       .first_position = s.tokens[layer] - guess.query_count,
-       .budget_tokens = guess.budget_tokens,
-       .external = guess.external,
-       .layer_demands = s.layer_demands(),
-       .layer = layer},
-      s.selections, runtime.environment.device->workers()));
-  for (Stream& stream : s.streams_of(guess.layer)) {
-    const GroupSelection& selection = s.selections[stream.head_group.value];
-    s.wanted.clear();
-    for (std::uint32_t i = 0; i < selection.chosen; ++i) {
-      s.wanted.push_back(s.block_id(stream, selection.ranked[i].block));
-    }
-    runtime.look_ahead->consider(s.wanted);
-  }
-  runtime.look_ahead->promote();
-  return {};
-}
-
-// The next layer will likely want what it wanted a token ago; this one, soon, what ranked just
-// below the cut.
-void Sequence::State::predict(LayerIndex layer) {
-  if (!runtime.look_ahead->enabled()) return;
-  const LayerIndex next{(layer.value + 1) % runtime.options.layers};
-  for (Stream& stream : streams_of(layer)) {
-    const GroupSelection& selection = selections[stream.head_group.value];
-    stream.last_set.clear();
-    for (std::uint32_t i = 0; i < selection.chosen; ++i) {
-      stream.last_set.push_back(block_id(stream, selection.ranked[i].block));
-    }
-  }
-  for (Stream& stream : streams_of(next)) runtime.look_ahead->consider(stream.last_set);
-  runtime.look_ahead->promote();
-  for (Stream& stream : streams_of(layer)) {
-    const GroupSelection& selection = selections[stream.head_group.value];
-    wanted.clear();
-    for (std::size_t i = selection.chosen; i < selection.ranked.size(); ++i) {
-      wanted.push_back(block_id(stream, selection.ranked[i].block));
-    }
-    runtime.look_ahead->consider(wanted);
-  }
-  runtime.look_ahead->promote();
 }
 
 }  // namespace kvtier

@@ -52,8 +52,7 @@ Tier WaveFetch::add_extent(ExtentId extent, std::uint32_t miss) {
     table_.hold_frame(extent);
     held_frames_.push_back(extent);
     if (why_ != Admission::kStreamed) table_.touch(extent);
-    if (row.prefetched) counters_.prefetch.useful_bytes += layout_.extent_bytes();
-    row.prefetched = false;
+    counters_.end_guess(row, layout_.extent_bytes(), true);
     if (is_in_frame(row.state) && table_.has_damage(extent)) host_.settle_write(extent);
   }
   const bool read_over = row.state == HomeState::kBoth && table_.has_damage(extent);
@@ -81,7 +80,10 @@ void WaveFetch::add_span(std::uint32_t miss) {
 
 void WaveFetch::begin() {
   for (Arrival& arrival : reads_) {
-    if (arrival.started) continue;
+    if (arrival.started) {
+      host_.hasten_read(arrival.extent);
+      continue;
+    }
     const bool had_frame = !table_.row(arrival.extent).frame.is_none();
     arrival.status = host_.start_read(arrival.extent, Priority::kDemand,
                                       why_ == Admission::kStreamed ? why_ : Admission::kUsed);

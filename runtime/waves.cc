@@ -196,6 +196,7 @@ void Sequence::State::take_piece(std::uint32_t begin, std::uint32_t end, WaveFet
     runtime.map->hold(slot);
     item.held = true;
   }
+  ExtentId demanded;
   for (WorkItem& item : std::span(work).subspan(begin, end - begin)) {
     if (item.held) continue;
     item.held = true;
@@ -209,7 +210,11 @@ void Sequence::State::take_piece(std::uint32_t begin, std::uint32_t end, WaveFet
     const Tier tier = fetch.add({item.block, *slot});
     if (purpose != Purpose::kStep) continue;
     ++runtime.hits[static_cast<std::size_t>(tier)];
-    if (tier == Tier::kDisk) runtime.look_ahead->note_demand(runtime.layout.extent_of(item.block));
+    const ExtentId extent = runtime.layout.extent_of(item.block);
+    runtime.look_ahead->note_miss(extent);
+    if (tier != Tier::kDisk || extent == demanded) continue;
+    runtime.look_ahead->note_demand(extent);
+    demanded = extent;
   }
 }
 

@@ -165,6 +165,19 @@ Status Transfer::wait() {
   return result;
 }
 
+void Transfer::raise(Priority priority) {
+  KVTIER_CHECK(engine_ != nullptr, "raise() on an empty handle");
+  TransferEngine::State& state = *engine_->state_;
+  TransferEngine::State::Lock lock(state.mutex);
+  TransferRecord& record = state.records[record_];
+  if (record.state != TransferState::kQueued) return;
+  if (index_of(record.request.priority) <= index_of(priority)) return;
+  state.queue_of(record).remove(record);
+  record.request.priority = priority;
+  state.queue_of(record).push_back(record);
+  state.nudge(*state.lane_of(record.request.route), lock);
+}
+
 void Transfer::cancel() {
   KVTIER_CHECK(engine_ != nullptr, "cancel() on an empty handle");
   TransferEngine::State& state = *engine_->state_;

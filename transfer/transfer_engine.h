@@ -56,6 +56,9 @@ class Transfer {
   /// Blocks until terminal and returns the result; the handle is empty afterwards. With an engine
   /// without threads the caller drives it from here.
   Status wait();
+  /// Somebody waits by now: a transfer that is still queued goes on in the queue of a higher rank,
+  /// behind what is there. One that has started, or has that rank already, stays as it is.
+  void raise(Priority priority);
   /// Best effort: a queued transfer never starts, one in flight may still end well. A terminal
   /// state follows in any case.
   void cancel();

@@ -68,6 +68,25 @@ ExitCode write_outputs(const ReplayReport& report, const Outputs& outputs) {
   return status.ok() ? verdict : fail(ExitCode::kFailed, status);
 }
 
+/// What look-ahead hides is told against the same run without it, which must attend the same.
+Status run_without_look_ahead(const ReplayReport& report, const PlannedRun& run, Device& device,
+                              Progress& progress, RunRecord& record) {
+  RunSetup setup{.plan = &report.plan,
+                 .trace = report.trace,
+                 .run = &run,
+                 .device = &device,
+                 .disk = nullptr,
+                 .inject = report.options.inject,
+                 .look_ahead = false};
+  KVTIER_ASSIGN_OR_RETURN(setup.disk, open_disk(report.plan));
+  KVTIER_ASSIGN_OR_RETURN(RunRecord without, replay_run(std::move(setup), progress));
+  record.tokens_without = std::move(without.tokens);
+  if (without.attended.digest() != record.attended.digest()) {
+    record.problems.push_back("attended other tokens than the run without look-ahead");
+  }
+  return {};
+}
+
 Status run_all(ReplayReport& report, Device& device, std::unique_ptr<File> first_disk,
                Progress& progress) {
   for (const PlannedRun& run : report.plan.runs) {
@@ -82,6 +101,9 @@ Status run_all(ReplayReport& report, Device& device, std::unique_ptr<File> first
       KVTIER_ASSIGN_OR_RETURN(setup.disk, open_disk(report.plan));
     }
     KVTIER_ASSIGN_OR_RETURN(RunRecord record, replay_run(std::move(setup), progress));
+    if (report.plan.layer_compute > Duration::zero()) {
+      KVTIER_RETURN_IF_ERROR(run_without_look_ahead(report, run, device, progress, record));
+    }
     report.runs.push_back(std::move(record));
   }
   return {};

@@ -97,6 +97,12 @@ Result<std::optional<Capacity>> parse_disk_capacity(std::string_view text) {
   return std::optional<Capacity>(std::move(capacity));
 }
 
+Result<double> parse_rate(std::string_view text) {
+  const Result<double> value = parse_number(text);
+  if (value.ok() && *value > 0) return value;
+  return invalid_argument(fmt::format("found '{}', expected a number above 0", text));
+}
+
 /// Whether two paths name one file, which need not exist yet.
 bool is_same_file(const std::string& a, const std::string& b) {
   const auto whole = [](const std::string& path) {
@@ -143,6 +149,8 @@ void bind_movement(CLI::App& verb, ReplayOptions& options) {
             options.eviction);
   add_value(verb, "--look-ahead", options.look_ahead_bytes, parse_bytes,
             "Bytes per step that may be promoted from disk to host ahead of need", "512KiB");
+  add_value(verb, "--look-ahead-device", options.look_ahead_device_bytes, parse_bytes,
+            "Bytes per step that may be promoted from host to device ahead of need", "0");
   add_value(verb, "--device-capacity", options.device_capacity, Capacity::parse,
             "Device tier: bytes, or a share of the trace's KV bytes", "10%");
   add_value(verb, "--host-capacity", options.host_capacity, Capacity::parse, "Host tier, likewise",
@@ -153,6 +161,16 @@ void bind_movement(CLI::App& verb, ReplayOptions& options) {
             "Directory of the disk tier's nameless file", "TMPDIR or /tmp");
   add_value(verb, "--file-backend", options.file_backend, one_of(Choices<FileBackend>(kBackends)),
             "auto, io_uring, posix", "auto");
+  add_value(verb, "--emulate-disk-gbps", options.emulate_disk_gbps, parse_rate,
+            "Slows the disk tier down to a drive of so many GB/s (10^9 bytes)", "as fast as it is");
+  add_value(verb, "--emulate-disk-latency-us", options.emulate_disk_latency_us,
+            whole_number<std::uint32_t>(0, 10'000'000),
+            "Of that drive, beside the time of its bytes", "100");
+  add_value(verb, "--layer-compute-us", options.layer_compute_us,
+            whole_number<std::uint32_t>(0, 10'000'000),
+            "Stands in for the engine's other work after each layer's step: the thread sleeps so "
+            "long. Each run is then made without look-ahead too, to tell what look-ahead hides",
+            "0");
   add_value(verb, "--verify", options.verify, one_of(Choices<VerifyMode>(kVerifyModes)),
             "Check blocks that come from disk (arrivals), or after every hop (all)", "arrivals");
   add_value(verb, "--inject", options.inject, parse_inject,

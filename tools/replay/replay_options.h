@@ -40,6 +40,12 @@ struct ReplayOptions {
   std::string eviction;
   /// Four extents: about what the next layer misses when the band below the cut comes true.
   std::uint64_t look_ahead_bytes = 512 * 1024;
+  std::uint64_t look_ahead_device_bytes = 0;
+  /// Of the engine's other work that each layer's step is followed by; 0: none.
+  std::uint32_t layer_compute_us = 0;
+  /// The drive that the disk tier is slowed down to; 0: as fast as it is.
+  double emulate_disk_gbps = 0;
+  std::uint32_t emulate_disk_latency_us = 100;
   Capacity device_capacity;
   Capacity host_capacity;
   std::optional<Capacity> disk_capacity;  ///< None: what the trace needs.

@@ -72,6 +72,7 @@ RuntimeOptions runtime_options(const ReplayOptions& options, const AttentionTrac
   runtime.window = options.window;
   runtime.eviction = options.eviction;
   runtime.look_ahead_bytes = options.look_ahead_bytes;
+  runtime.look_ahead_device_bytes = options.look_ahead_device_bytes;
   runtime.verify = options.verify;
   runtime.deterministic = options.deterministic;
   runtime.seed = options.seed;
@@ -226,6 +227,9 @@ Result<ReplayPlan> ReplayPlan::make(const ReplayOptions& options, const Attentio
   plan.disk.directory = options.disk_path.empty() ? temporary_directory() : options.disk_path;
   plan.disk.bytes = plan.runtime.disk_capacity_bytes;
   plan.disk.backend = options.file_backend;
+  plan.layer_compute = std::chrono::microseconds(options.layer_compute_us);
+  plan.disk_pace = {.bytes_per_second = options.emulate_disk_gbps * 1e9,
+                    .latency = std::chrono::microseconds(options.emulate_disk_latency_us)};
   return plan;
 }
 

@@ -6,6 +6,7 @@
 #include "tools/replay/replay_options.h"
 #include "tools/trace/attention_trace.h"
 #include "transfer/open_file.h"
+#include "transfer/paced_file.h"
 
 #include <cstdint>
 #include <string>
@@ -31,7 +32,9 @@ struct LeftOut {
 struct ReplayPlan {
   RuntimeOptions runtime;  ///< All but the selector.
   RuntimeNeeds needs;
-  FileOptions disk;  ///< `bytes` is 0 when there is no disk tier.
+  FileOptions disk;           ///< `bytes` is 0 when there is no disk tier.
+  PacedFile::Pace disk_pace;  ///< Of the drive to emulate; 0 bytes a second is none.
+  Duration layer_compute{};   ///< What each layer's step is followed by.
   std::vector<PlannedRun> runs;
   std::vector<LeftOut> left_out;
 

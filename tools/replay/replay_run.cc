@@ -6,11 +6,13 @@
 #include "transfer/faulty_file.h"
 #include "transfer/link.h"
 #include "transfer/open_file.h"
+#include "transfer/paced_file.h"
 
 #include <fmt/format.h>
 
 #include <algorithm>
 #include <charconv>
+#include <thread>
 #include <utility>
 
 namespace kvtier {
@@ -64,8 +66,10 @@ class Replayer {
       const Duration before = clock_.now();
       KVTIER_RETURN_IF_ERROR(append_up_to(trace_.query_positions()[step] + 1));
       const Duration appended = clock_.now();
+      record_.tokens.emplace_back();
       for (std::uint32_t layer = 0; layer < trace_.layers().size(); ++layer) {
         KVTIER_RETURN_IF_ERROR(step_layer(step, layer));
+        stand_in();
       }
       record_.append_time += appended - before;
       record_.step_time += clock_.now() - appended;
@@ -99,6 +103,14 @@ class Replayer {
     return {};
   }
 
+  // The engine's other work needs this thread no more than a GPU's would: transfers go on.
+  void stand_in() {
+    if (plan_.layer_compute == Duration::zero()) return;
+    const Duration start = clock_.now();
+    std::this_thread::sleep_for(plan_.layer_compute);
+    record_.tokens.back().stand_in += clock_.now() - start;
+  }
+
   Status step_layer(std::uint32_t step, std::uint32_t layer) {
     const TraceManifest& manifest = trace_.manifest();
     const TraceLayer& source = trace_.layers()[layer];
@@ -116,6 +128,7 @@ class Replayer {
     const Status status = sequence_.step(request, &report);
     // A block that could not be had fails this step alone; anything else ends the run.
     if (!status.ok() && report.failures.empty()) return status;
+    count_token(report.timing);
     count_traffic(layer);
     record_.layers[layer].metadata_bytes =
         std::max(record_.layers[layer].metadata_bytes, report.metadata_bytes);
@@ -141,6 +154,19 @@ class Replayer {
                 record_.attended_outs.begin() + static_cast<std::ptrdiff_t>(index * out_size));
   }
 
+  // Before `count_traffic`, which forgets what was counted before the step.
+  void count_token(const StepTiming& timing) {
+    const PrefetchStats& before = counted_.prefetch;
+    const PrefetchStats after = runtime_.stats().prefetch;
+    TokenTime& token = record_.tokens.back();
+    token.disk_wait += timing.disk_wait;
+    token.own += timing.total - timing.disk_wait;
+    token.foreseen +=
+        (after.useful_bytes - before.useful_bytes) / runtime_.layout().extent_bytes() +
+        (after.late - before.late);
+    token.unforeseen += after.unforeseen - before.unforeseen;
+  }
+
   // What has been counted since the last call is this layer's doing.
   void count_traffic(std::uint32_t layer) {
     RuntimeStats after = runtime_.stats();
@@ -161,8 +187,9 @@ class Replayer {
                               &VerificationStats::recovered, &VerificationStats::failed}) {
       add(traffic.verification, &RuntimeStats::verification, member);
     }
-    for (const auto member : {&PrefetchStats::issued_bytes, &PrefetchStats::useful_bytes,
-                              &PrefetchStats::wasted_bytes, &PrefetchStats::late}) {
+    for (const auto member :
+         {&PrefetchStats::issued_bytes, &PrefetchStats::useful_bytes, &PrefetchStats::wasted_bytes,
+          &PrefetchStats::late, &PrefetchStats::unforeseen}) {
       add(traffic.prefetch, &RuntimeStats::prefetch, member);
     }
     counted_ = std::move(after);
@@ -222,6 +249,7 @@ Status replay_in(const RunSetup& setup, const Environment& environment, Progress
                  RunRecord& record) {
   RuntimeOptions options = setup.plan->runtime;
   options.selector = setup.run->factory;
+  if (!setup.look_ahead) options.look_ahead_bytes = options.look_ahead_device_bytes = 0;
   KVTIER_ASSIGN_OR_RETURN(const std::unique_ptr<Runtime> runtime,
                           Runtime::open(options, environment));
   Status status;
@@ -264,6 +292,9 @@ Result<RunRecord> replay_run(RunSetup setup, Progress& progress) {
     }
   }
   const SteadyClock clock;
+  if (setup.disk && setup.plan->disk_pace.bytes_per_second > 0) {
+    setup.disk = std::make_unique<PacedFile>(std::move(setup.disk), setup.plan->disk_pace, clock);
+  }
   std::optional<Timeline> timeline;
   if (setup.keep_timeline) timeline.emplace(kTimelineEvents);
   const Environment environment{.clock = &clock,

@@ -3,6 +3,7 @@
 #include "memory/timeline.h"
 #include "runtime/runtime.h"
 #include "tools/replay/attended_sets.h"
+#include "tools/replay/hidden_time.h"
 #include "tools/replay/progress.h"
 #include "tools/replay/replay_plan.h"
 #include "tools/trace/attention_trace.h"
@@ -49,6 +50,9 @@ struct RunRecord {
   std::vector<StepTiming> timings;             ///< [steps, layers]
 
   std::vector<LayerTraffic> layers;  ///< [layers]
+  std::vector<TokenTime> tokens;     ///< [steps]
+  /// The same run without look-ahead, where something stands in for the engine's other work.
+  std::vector<TokenTime> tokens_without;
 
   std::uint64_t failed_steps = 0;
   std::vector<std::string> failures;  ///< The first blocks that were not to be had.
@@ -75,6 +79,7 @@ struct RunSetup {
   std::unique_ptr<File> disk;
   std::optional<FaultPlan> inject;
   bool keep_timeline = false;
+  bool look_ahead = true;  ///< False: whatever the plan says, without.
 };
 
 /// Replays the trace once: appends the tokens up to each query's own, and steps every layer.

@@ -40,6 +40,11 @@ Json options_json(const ReplayReport& report) {
   json["estimate_rest"] = to_string(options.estimate_rest);
   json["eviction"] = options.eviction;
   json["look_ahead_bytes"] = options.look_ahead_bytes;
+  json["look_ahead_device_bytes"] = options.look_ahead_device_bytes;
+  json["layer_compute_us"] = options.layer_compute_us;
+  json["emulate_disk_gbps"] =
+      options.emulate_disk_gbps > 0 ? Json(options.emulate_disk_gbps) : Json(nullptr);
+  json["emulate_disk_latency_us"] = options.emulate_disk_latency_us;
   json["device_capacity_bytes"] = runtime.device_capacity_bytes;
   json["host_capacity_bytes"] = runtime.host_capacity_bytes;
   json["disk_capacity_bytes"] = runtime.disk_capacity_bytes;
@@ -146,6 +151,21 @@ void put_stages(const std::vector<StepTiming>& timings, Json& json) {
   json["waits"] = waits;
 }
 
+Json hidden_json(const RunRecord& run) {
+  const HiddenTime hidden = measure_hidden_time(run.tokens_without, run.tokens);
+  return {{"disk_wait_without_seconds", hidden.wait_without},
+          {"disk_wait_seconds", hidden.wait_with},
+          {"hidden_seconds", hidden.hidden},
+          {"own_seconds", hidden.own},
+          {"stand_in_seconds", hidden.stand_in},
+          {"hideable_seconds", hidden.hideable},
+          {"hideable_foreseen_seconds", hidden.hideable_foreseen},
+          {"foreseen_extents", hidden.foreseen},
+          {"unforeseen_extents", hidden.unforeseen},
+          {"share_of_hideable", number(hidden.share())},
+          {"share_of_hideable_foreseen", number(hidden.share_of_foreseen())}};
+}
+
 Json timing_json(const ReplayReport& report, const RunRecord& run) {
   const std::size_t steps = report.trace->query_positions().size();
   const double seconds = static_cast<double>(run.step_time.count()) / 1e9;
@@ -155,6 +175,7 @@ Json timing_json(const ReplayReport& report, const RunRecord& run) {
   json["append_seconds"] = static_cast<double>(run.append_time.count()) / 1e9;
   json["step_seconds"] = seconds;
   put_stages(run.timings, json);
+  if (!run.tokens_without.empty()) json["hidden"] = hidden_json(run);
   // Here and not under `layers`, so that one key holds all that differs between equal runs.
   json["layers"] = Json::array();
   const std::size_t layers = report.trace->layers().size();
@@ -181,7 +202,32 @@ Json blocks_json(const VerificationStats& verification) {
 Json prefetch_json(const PrefetchStats& prefetch) {
   return {{"useful_bytes", prefetch.useful_bytes},
           {"wasted_bytes", prefetch.wasted_bytes},
-          {"late", prefetch.late}};
+          {"late", prefetch.late},
+          {"unforeseen", prefetch.unforeseen}};
+}
+
+Json guesses_json(const GuessStats& guesses) {
+  return {{"issued_bytes", guesses.issued_bytes},
+          {"useful_bytes", guesses.useful_bytes},
+          {"wasted_bytes", guesses.wasted_bytes}};
+}
+
+// Of a whole run: what each source of look-ahead came to on each link.
+Json all_prefetch_json(const PrefetchStats& prefetch) {
+  Json json = prefetch_json(prefetch);
+  json["issued_bytes"] = prefetch.issued_bytes;
+  json["to_device"] = guesses_json(prefetch.to_device);
+  for (int index = 0; index < kGuessSourceCount; ++index) {
+    const GuessSourceStats& source = prefetch.sources[static_cast<std::size_t>(index)];
+    json["sources"][to_string(static_cast<GuessSource>(index))] = {
+        {"to_host", guesses_json(source.to_host)},
+        {"to_device", guesses_json(source.to_device)},
+        {"to_host_budget_bytes", source.to_host_budget_bytes},
+        {"to_device_budget_bytes", source.to_device_budget_bytes},
+        {"halvings", source.halvings},
+        {"doublings", source.doublings}};
+  }
+  return json;
 }
 
 void put_traffic(const RuntimeStats& stats, Json& json) {
@@ -200,7 +246,7 @@ void put_traffic(const RuntimeStats& stats, Json& json) {
     json["bytes"][to_string(static_cast<Route>(index))] =
         stats.routes[static_cast<std::size_t>(index)].submitted_bytes;
   }
-  json["prefetch"] = prefetch_json(stats.prefetch);
+  json["prefetch"] = all_prefetch_json(stats.prefetch);
   json["metadata_bytes"] = stats.metadata_bytes;
   json["disk_writes_failed"] = stats.disk_writes_failed;
 }

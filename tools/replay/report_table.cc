@@ -116,6 +116,44 @@ std::string traffic_table(const ReplayReport& report) {
   return table.text();
 }
 
+constexpr const char* kHiddenLegend =
+    "disk wait: time that steps stood still for the disk. could: the most that could be hidden, "
+    "for\n"
+    "each token the smaller of the wait without look-ahead and the work done meanwhile; known: "
+    "the\n"
+    "same for the extents that a source had named for the step, whatever its budget was.\n\n";
+
+// What look-ahead hid behind a stand-in for the engine's other work.
+std::string hidden_table(const ReplayReport& report) {
+  TextTable table(2);
+  table.add({"selector", "budget", "disk wait s without / with", "work s", "could s", "hidden %",
+             "extents known %", "known could s", "hidden %", "used / wasted", "late",
+             "unforeseen"});
+  bool any = false;
+  for (const RunRecord& run : report.runs) {
+    if (run.tokens_without.empty()) continue;
+    any = true;
+    const HiddenTime hidden = measure_hidden_time(run.tokens_without, run.tokens);
+    const auto percent = [](std::optional<double> part) {
+      return part ? fmt::format("{:.1f}", 100 * *part) : "-";
+    };
+    const std::uint64_t extents = hidden.foreseen + hidden.unforeseen;
+    const PrefetchStats& prefetch = run.stats.prefetch;
+    table.add({run.selector, run.budget,
+               fmt::format("{:.3f} / {:.3f}", hidden.wait_without, hidden.wait_with),
+               fmt::format("{:.2f}", hidden.own + hidden.stand_in),
+               fmt::format("{:.3f}", hidden.hideable), percent(hidden.share()),
+               extents == 0 ? "-"
+                            : fmt::format("{:.1f}", 100.0 * static_cast<double>(hidden.foreseen) /
+                                                        static_cast<double>(extents)),
+               fmt::format("{:.3f}", hidden.hideable_foreseen), percent(hidden.share_of_foreseen()),
+               fmt::format("{} / {}", format_bytes(prefetch.useful_bytes),
+                           format_bytes(prefetch.wasted_bytes)),
+               fmt::format("{}", prefetch.late), fmt::format("{}", prefetch.unforeseen)});
+  }
+  return any ? table.text() + kHiddenLegend : "";
+}
+
 constexpr const char* kLegend =
     "tokens: attended per KV head and step, sinks and window included. recall: share of the exact\n"
     "attention mass on them, over steps and query heads; far: the same outside sinks and window;\n"
@@ -169,7 +207,7 @@ std::string report_table(const ReplayReport& report) {
   }
   if (!left_out.empty()) left_out += "\n";
   return header(report) + "\n" + quality_table(report) + "\n" + traffic_table(report) + "\n" +
-         left_out + kLegend + "\n" + verdict(report);
+         hidden_table(report) + left_out + kLegend + "\n" + verdict(report);
 }
 
 }  // namespace kvtier
