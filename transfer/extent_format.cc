@@ -185,6 +185,11 @@ bool looks_like_extent(std::span<const std::byte> page) {
   return true;
 }
 
+std::size_t extent_header_bytes(std::span<const std::byte> page) {
+  if (page.size() < BlockLayout::kPageBytes || !looks_like_extent(page)) return 0;
+  return header_bytes_for(load_little_endian<std::uint32_t>(page.data() + kBlockCountAt));
+}
+
 Status check_extent_header(std::span<const std::byte> extent, ExtentFacts& facts) {
   facts = {};
   if (extent.size() < BlockLayout::kPageBytes || !looks_like_extent(extent)) {

@@ -77,6 +77,10 @@ Status check_extent(std::span<const std::byte> extent, std::span<StatusCode> ver
 /// The same of the header alone, of which `extent` must hold all; `blocks_corrupt` stays 0.
 Status check_extent_header(std::span<const std::byte> extent, ExtentFacts& facts);
 
+/// Bytes of the header of the extent that begins with this page, by what it says of itself; 0 when
+/// it is none.
+std::size_t extent_header_bytes(std::span<const std::byte> page);
+
 /// Whether a page begins like an extent; says nothing about soundness.
 bool looks_like_extent(std::span<const std::byte> page);
 

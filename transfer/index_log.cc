@@ -30,7 +30,78 @@ Status run_whole(File& file, FileOperation::Kind kind, std::uint64_t offset,
   return {};
 }
 
+// Puts the lines of a list back together: each detail follows its put, its parts follow the detail.
+class LineReader {
+ public:
+  explicit LineReader(IndexContent& content) : content_(content) {}
+
+  // False when the line cannot stand here.
+  bool take(const IndexRecord& record, std::span<const std::byte> bytes) {
+    switch (record.kind) {
+      case IndexRecord::Kind::kDetail: {
+        const bool follows_put = parts_left_ == 0 && !content_.records.empty() &&
+                                 content_.records.back().kind == IndexRecord::Kind::kPut &&
+                                 content_.details.size() + 1 == content_.records.size();
+        if (!follows_put || !content_.header.clean) return false;
+        content_.details.push_back(decode_detail(bytes));
+        parts_left_ = content_.details.back().parts;
+        return true;
+      }
+      case IndexRecord::Kind::kParts: {
+        const std::uint32_t count = std::min(parts_left_, IndexDetail::kPartsPerRecord);
+        parts_left_ -= count;
+        return count > 0 && decode_parts(bytes, content_.details.back(), count, content_.parts);
+      }
+      default:
+        if (parts_left_ > 0) return false;
+        content_.records.push_back(record);
+        return true;
+    }
+  }
+  bool is_complete() const { return parts_left_ == 0; }
+
+ private:
+  IndexContent& content_;
+  std::uint32_t parts_left_ = 0;
+};
+
 }  // namespace
+
+// The lines of a list, one after the other: records, behind the first of them their details.
+class IndexLog::Lines {
+ public:
+  Lines(std::span<const IndexRecord> records, std::span<const IndexDetailed> details)
+      : records_(records), details_(details), left_(records.size()) {
+    for (const IndexDetailed& detailed : details) left_ += detailed.detail.records();
+  }
+
+  std::uint64_t left() const { return left_; }
+
+  void write_next(std::uint64_t epoch, std::uint64_t position, std::span<std::byte> bytes) {
+    --left_;
+    if (!parts_.empty()) {
+      const std::size_t count = std::min<std::size_t>(parts_.size(), IndexDetail::kPartsPerRecord);
+      encode(parts_.first(count), epoch, position, bytes);
+      parts_ = parts_.subspan(count);
+    } else if (detail_is_next_) {
+      encode(details_.front().detail, epoch, position, bytes);
+      parts_ = details_.front().parts;
+      details_ = details_.subspan(1);
+      detail_is_next_ = false;
+    } else {
+      encode(records_.front(), epoch, position, bytes);
+      records_ = records_.subspan(1);
+      detail_is_next_ = !details_.empty();
+    }
+  }
+
+ private:
+  std::span<const IndexRecord> records_;
+  std::span<const IndexDetailed> details_;
+  std::span<const ManifestPart> parts_;
+  std::uint64_t left_;
+  bool detail_is_next_ = false;
+};
 
 std::uint64_t IndexLog::file_bytes(std::uint64_t records_max) {
   const std::uint64_t pages = (records_max + kRecordsPerPage - 1) / kRecordsPerPage;
@@ -82,6 +153,7 @@ Result<IndexContent> IndexLog::load(const StoreId& store) {
   // After a clean stop what the header counts is all there is. Otherwise the rest of the area is
   // looked through, since behind a page that was lost there may be others that were not.
   const std::uint64_t limit = header_.clean ? header_.records : records_max_;
+  LineReader lines(content);
   std::uint64_t position = 0;
   bool ended = false;
   for (std::uint64_t at = 0; at < limit;) {
@@ -93,12 +165,13 @@ Result<IndexContent> IndexLog::load(const StoreId& store) {
                   area_offset(area_) + kIndexPageBytes + at * IndexRecord::kBytes, bytes));
     for (std::uint64_t i = 0; i < pages * kRecordsPerPage && at < limit; ++i, ++at) {
       IndexRecord record;
-      const RecordState state = decode_record(
-          bytes.subspan(i * IndexRecord::kBytes, IndexRecord::kBytes), header_.epoch, at, record);
+      const std::span<const std::byte> line =
+          bytes.subspan(i * IndexRecord::kBytes, IndexRecord::kBytes);
+      RecordState state = decode_record(line, header_.epoch, at, record);
       if (state == RecordState::kValid && !ended) {
-        content.records.push_back(record);
         position = at + 1;
-        continue;
+        if (lines.take(record, line)) continue;
+        state = RecordState::kDamaged;
       }
       // The end is written down: a page of it that went missing does not look like one.
       const bool is_sound = ended ? state == RecordState::kEnd || state == RecordState::kAbsent
@@ -110,7 +183,7 @@ Result<IndexContent> IndexLog::load(const StoreId& store) {
       ended = true;
     }
   }
-  if (position < header_.records && content.damage.empty()) {
+  if ((position < header_.records || !lines.is_complete()) && content.damage.empty()) {
     content.damage = fmt::format("{} records, expected at least {}", position, header_.records);
   }
   position_ = position;
@@ -120,13 +193,13 @@ Result<IndexContent> IndexLog::load(const StoreId& store) {
 // Writes whole pages, behind the records the end: a page of ends where the last one is full. The
 // first page may begin with records that are there already: they are repeated from memory, because
 // what would be read back could be damaged.
-Status IndexLog::write_records(std::uint32_t area, std::uint64_t epoch, std::uint64_t position,
-                               std::span<const IndexRecord> records) {
+Status IndexLog::write_lines(std::uint32_t area, std::uint64_t epoch, std::uint64_t position,
+                             Lines& lines) {
   do {
     const std::uint64_t lead = position % kRecordsPerPage;
     const std::uint64_t first_page = position / kRecordsPerPage;
     constexpr std::size_t kBatch = (kIndexBufferBytes - kIndexPageBytes) / IndexRecord::kBytes;
-    const std::size_t count = std::min<std::size_t>(records.size(), kBatch - lead);
+    const std::size_t count = std::min<std::size_t>(lines.left(), kBatch - lead);
     const std::uint64_t last_page = (position + count) / kRecordsPerPage;
     const std::uint64_t end = std::min((last_page + 1) * kRecordsPerPage, records_max_);
     const std::size_t bytes = (end - first_page * kRecordsPerPage) * IndexRecord::kBytes;
@@ -136,8 +209,8 @@ Status IndexLog::write_records(std::uint32_t area, std::uint64_t epoch, std::uin
       std::copy(tail().begin(), tail().end(), buffer.begin());
     }
     for (std::size_t i = 0; i < count; ++i) {
-      encode(records[i], epoch, position + i,
-             buffer.subspan((lead + i) * IndexRecord::kBytes, IndexRecord::kBytes));
+      lines.write_next(epoch, position + i,
+                       buffer.subspan((lead + i) * IndexRecord::kBytes, IndexRecord::kBytes));
     }
     for (std::uint64_t at = position + count; at < end; ++at) {
       encode(IndexRecord{.kind = IndexRecord::Kind::kEnd}, epoch, at,
@@ -147,22 +220,30 @@ Status IndexLog::write_records(std::uint32_t area, std::uint64_t epoch, std::uin
     KVTIER_RETURN_IF_ERROR(run_whole(*file_, FileOperation::Kind::kWrite, offset, buffer));
     const auto last = buffer.last(kIndexPageBytes);
     std::copy(last.begin(), last.end(), tail().begin());
-    records = records.subspan(count);
     position += count;
-  } while (!records.empty());
+  } while (lines.left() > 0);
   return {};
 }
 
-Status IndexLog::rewrite(IndexHeader header, std::span<const IndexRecord> records) {
+Status IndexLog::rewrite(IndexHeader header, std::span<const IndexRecord> records,
+                         std::span<const IndexDetailed> details) {
   if (records.size() > records_max_) {
     return no_space(fmt::format("index: {} records, room for {}", records.size(), records_max_));
   }
+  KVTIER_CHECK(details.size() <= records.size() && (details.empty() || header.clean),
+               "{} details of {} records", details.size(), records.size());
   broken_ = true;
   header.epoch = std::max({header.epoch, header_.epoch + 1, epoch_tried_ + 1});
   epoch_tried_ = header.epoch;
-  header.records = records.size();
+  std::uint64_t room = records_max_ - records.size();
+  std::size_t detailed = 0;
+  while (detailed < details.size() && details[detailed].detail.records() <= room) {
+    room -= details[detailed++].detail.records();
+  }
+  Lines lines(records, details.first(detailed));
+  header.records = lines.left();
   const std::uint32_t other = 1 - area_;
-  KVTIER_RETURN_IF_ERROR(write_records(other, header.epoch, 0, records));
+  KVTIER_RETURN_IF_ERROR(write_lines(other, header.epoch, 0, lines));
   // The header makes the records count: they have to be there first.
   KVTIER_RETURN_IF_ERROR(file_->sync());
   const std::span<std::byte> page = buffer_.bytes().first(kIndexPageBytes);
@@ -171,11 +252,11 @@ Status IndexLog::rewrite(IndexHeader header, std::span<const IndexRecord> record
   KVTIER_RETURN_IF_ERROR(file_->sync());
   header_ = header;
   area_ = other;
-  position_ = records.size();
+  position_ = header.records;
   broken_ = false;
   if (has_both_) return {};
   has_both_ = true;
-  return rewrite(header, records);
+  return rewrite(header, records, details);
 }
 
 Status IndexLog::append(std::span<const IndexRecord> records) {
@@ -183,7 +264,8 @@ Status IndexLog::append(std::span<const IndexRecord> records) {
   if (records.size() > room()) {
     return no_space(fmt::format("index: {} records, room for {}", records.size(), room()));
   }
-  const Status status = write_records(area_, header_.epoch, position_, records);
+  Lines lines(records, {});
+  const Status status = write_lines(area_, header_.epoch, position_, lines);
   broken_ = !status.ok();
   if (status.ok()) position_ += records.size();
   return status;

@@ -15,9 +15,19 @@ namespace kvtier {
 struct IndexContent {
   IndexHeader header;
   std::vector<IndexRecord> records;
+  /// Of a list that was closed cleanly: what the manifests of the first records say, in order.
+  std::vector<IndexDetail> details;
+  /// Their parts, one item's behind the other's.
+  std::vector<ManifestPart> parts;
   /// Something in it is torn, lost or misplaced: what stands behind it is unknown, and the store is
   /// rebuilt from the segments instead.
   std::string damage;
+};
+
+/// What goes into an index behind an item's record, so that opening need not read its manifest.
+struct IndexDetailed {
+  IndexDetail detail;
+  std::span<const ManifestPart> parts;
 };
 
 /// The index of a store: an append-only list of records in one file, which has two areas. When one
@@ -38,8 +48,10 @@ class IndexLog {
   Result<IndexContent> load(const StoreId& store);
 
   /// Writes `records` to the other area and makes it the one that counts; ends durable, whatever
-  /// the level. `no_space` when they do not fit.
-  Status rewrite(IndexHeader header, std::span<const IndexRecord> records);
+  /// the level. `details`, for a header that says clean, go with the first records, as many as
+  /// there is room for. `no_space` when the records do not fit.
+  Status rewrite(IndexHeader header, std::span<const IndexRecord> records,
+                 std::span<const IndexDetailed> details = {});
 
   /// False after a failed write, until a rewrite succeeds.
   bool is_sound() const { return !broken_; }
@@ -58,8 +70,8 @@ class IndexLog {
   std::span<std::byte> tail() const;
   std::uint64_t area_offset(std::uint32_t area) const;
   Result<IndexHeader> read_header(std::uint32_t area, const StoreId& store);
-  Status write_records(std::uint32_t area, std::uint64_t epoch, std::uint64_t position,
-                       std::span<const IndexRecord> records);
+  class Lines;
+  Status write_lines(std::uint32_t area, std::uint64_t epoch, std::uint64_t position, Lines& lines);
 
   File* file_;
   /// What is written or read, and behind it the last page as it stands in the file.

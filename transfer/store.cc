@@ -77,7 +77,7 @@ std::uint32_t Store::State::new_item() {
 void Store::State::free_item(std::uint32_t index) {
   StoreItem& item = items[index];
   by_key.erase(item.key);
-  unlink_child(item.parent);
+  unlink_child(index);
   item = StoreItem();
   free_items.push_back(index);
 }
@@ -96,18 +96,31 @@ void Store::State::unrank(std::uint32_t index) {
   ranks.erase({item.value, item.last_use, index});
 }
 
-void Store::State::link_child(const StoreKey& parent) {
-  if (parent == StoreKey()) return;
-  if (const auto found = by_key.find(parent); found != by_key.end()) unrank(found->second);
-  ++children[parent];
+void Store::State::link_child(std::uint32_t index) {
+  StoreItem& item = items[index];
+  if (item.parent == StoreKey()) return;
+  if (const auto found = by_key.find(item.parent); found != by_key.end()) unrank(found->second);
+  const auto [first, is_only] = children.try_emplace(item.parent, StoreItem::kNone);
+  item.next_child = first->second;
+  if (!is_only) items[item.next_child].previous_child = index;
+  first->second = index;
 }
 
-void Store::State::unlink_child(const StoreKey& parent) {
-  if (parent == StoreKey()) return;
-  const auto count = children.find(parent);
-  if (--count->second > 0) return;
-  children.erase(count);
-  if (const auto found = by_key.find(parent); found != by_key.end()) rank(found->second);
+void Store::State::unlink_child(std::uint32_t index) {
+  const StoreItem& item = items[index];
+  if (item.parent == StoreKey()) return;
+  if (item.next_child != StoreItem::kNone) {
+    items[item.next_child].previous_child = item.previous_child;
+  }
+  if (item.previous_child != StoreItem::kNone) {
+    items[item.previous_child].next_child = item.next_child;
+    return;
+  }
+  const auto first = children.find(item.parent);
+  first->second = item.next_child;
+  if (first->second != StoreItem::kNone) return;
+  children.erase(first);
+  if (const auto found = by_key.find(item.parent); found != by_key.end()) rank(found->second);
 }
 
 std::uint64_t Store::State::units_of(const StoreItem& item) const {
@@ -168,6 +181,16 @@ bool Store::contains(const StoreKey& key) const {
   const auto found = state_->by_key.find(key);
   return found != state_->by_key.end() &&
          state_->items[found->second].phase == StoreItem::Phase::kLive;
+}
+
+std::vector<StoreKey> Store::continuations(const StoreKey& key) const {
+  std::vector<StoreKey> keys;
+  const auto first = state_->children.find(key);
+  if (first == state_->children.end()) return keys;
+  for (std::uint32_t i = first->second; i != StoreItem::kNone; i = state_->items[i].next_child) {
+    if (state_->items[i].phase == StoreItem::Phase::kLive) keys.push_back(state_->items[i].key);
+  }
+  return keys;
 }
 
 void Store::for_each(const std::function<void(const StoreKey&)>& visit) const {

@@ -224,6 +224,10 @@ class Store {
   /// `corrupt`.
   Status read_blob(const StoredItem& item, std::uint32_t tag, std::span<std::byte> target);
 
+  /// Reads the item's manifest once more: an index that was closed cleanly repeats what it says, so
+  /// opening may not have. `io_error`, `corrupt`.
+  Status verify_manifest(const StoredItem& item);
+
   // --- Keeping and dropping.
 
   /// What the item is worth from now on. Not logged: a store that is opened anew has the value of
@@ -240,6 +244,8 @@ class Store {
   /// how many were moved. Costs a read and two writes each.
   Result<std::uint32_t> defragment(std::uint32_t moves_max);
 
+  /// Keys of the items that continue this one, whether it is there or not; in no order.
+  std::vector<StoreKey> continuations(const StoreKey& key) const;
   /// Calls `visit` for every item, in no order; nothing may be committed or dropped meanwhile.
   void for_each(const std::function<void(const StoreKey&)>& visit) const;
 

@@ -23,6 +23,7 @@ std::string check_item(Store& store, const StoreKey& key, std::span<std::byte> m
   std::vector<StoreExtentKey> keys(item->extents());
   item->list_extents(keys);
   std::string wrong;
+  if (const Status status = store.verify_manifest(*item); !status.ok()) wrong = status.to_string();
   for (std::size_t first = 0; first < keys.size(); first += kReadsPerBatch) {
     const std::size_t count = std::min(kReadsPerBatch, keys.size() - first);
     std::vector<StoreExtentRead> reads(count);

@@ -13,21 +13,27 @@ namespace {
 
 // Byte offsets of the tables in transfer/README.md; a change here is a new version.
 constexpr std::uint32_t kStoreFormatVersion = 1;
+// An index of version 1 is one of version 2 without details.
+constexpr std::uint32_t kIndexVersion = 2;
+constexpr std::uint32_t kIndexVersionMin = 1;
 constexpr char kSegmentMagic[] = "KVTSEGM\n";
 constexpr char kManifestMagic[] = "KVTMANI\n";
 constexpr char kIndexMagic[] = "KVTINDX\n";
 constexpr char kRecordMagic[] = "KVIR";
 constexpr std::size_t kPageChecksumAt = 4088;
 constexpr std::size_t kManifestChecksumAt = 128;
+constexpr std::size_t kRecordPartsAt = 24;
 constexpr std::size_t kRecordChecksumAt = 120;
 
 // A page with magic, version and a checksum in its last eight bytes: segment and index headers.
 class PageWriter {
  public:
-  PageWriter(std::span<std::byte> bytes, const char* magic) : bytes_(bytes) {
+  PageWriter(std::span<std::byte> bytes, const char* magic,
+             std::uint32_t version = kStoreFormatVersion)
+      : bytes_(bytes) {
     std::fill(bytes.begin(), bytes.end(), std::byte{0});
     std::memcpy(bytes.data(), magic, 8);
-    put(8, kStoreFormatVersion);
+    put(8, version);
   }
   template <typename Number>
   void put(std::size_t at, Number number) {
@@ -64,12 +70,13 @@ Status format_mismatch(const char* what, const char* field, std::uint64_t found,
 }
 
 // What both kinds of header page share.
-Status check_page(std::span<const std::byte> page, const char* what, const char* magic) {
+Status check_page(std::span<const std::byte> page, const char* what, const char* magic,
+                  std::uint32_t version_min, std::uint32_t version_max) {
   KVTIER_CHECK(page.size() == 4096, "{} of {} B", what, page.size());
   if (!has_magic(page, magic)) return corrupt(fmt::format("{}: the magic is not there", what));
-  if (const auto found = get<std::uint32_t>(page, 8); found != kStoreFormatVersion) {
-    return unsupported(fmt::format("{}: version {}, this program knows version {}", what, found,
-                                   kStoreFormatVersion));
+  if (const auto found = get<std::uint32_t>(page, 8); found < version_min || found > version_max) {
+    return unsupported(
+        fmt::format("{}: version {}, this program knows version {}", what, found, version_max));
   }
   const std::uint64_t expected = checksum(page.first(kPageChecksumAt));
   if (const auto found = get<std::uint64_t>(page, kPageChecksumAt); found != expected) {
@@ -85,16 +92,56 @@ void seal_page(std::span<std::byte> page) {
 bool is_one_of_units(std::uint8_t units) { return units == 1 || units == 2 || units == 4; }
 
 // A part that makes sense within a manifest of these sizes.
-bool is_plausible(const ManifestPart& part, const ManifestHeader& header) {
+bool is_plausible(const ManifestPart& part, std::uint32_t extent_bytes,
+                  std::uint32_t manifest_bytes) {
   switch (part.kind) {
     case ManifestPart::Kind::kExtent:
-      return part.units == SpaceMap::units_for(header.extent_bytes) && part.units > 0;
+      return part.units == SpaceMap::units_for(extent_bytes) && part.units > 0;
     case ManifestPart::Kind::kBlobPiece:
       return is_one_of_units(part.units) && SpaceMap::units_for(part.third) == part.units;
     case ManifestPart::Kind::kInlineBlob:
-      return part.units == 0 && part.unit <= header.bytes && part.third <= header.bytes - part.unit;
+      return part.units == 0 && part.unit <= manifest_bytes &&
+             part.third <= manifest_bytes - part.unit;
   }
   return false;
+}
+
+void put_part(const ManifestPart& part, std::byte* at) {
+  std::fill_n(at, ManifestHeader::kPartBytes, std::byte{0});
+  store_little_endian(at, static_cast<std::uint8_t>(part.kind));
+  store_little_endian(at + 1, part.units);
+  store_little_endian(at + 4, part.first);
+  store_little_endian(at + 8, part.second);
+  store_little_endian(at + 12, part.third);
+  store_little_endian(at + 16, part.unit);
+  store_little_endian(at + 24, part.digest);
+}
+
+ManifestPart get_part(std::span<const std::byte> bytes, std::size_t at) {
+  ManifestPart part;
+  part.kind = static_cast<ManifestPart::Kind>(get<std::uint8_t>(bytes, at));
+  part.units = get<std::uint8_t>(bytes, at + 1);
+  part.first = get<std::uint32_t>(bytes, at + 4);
+  part.second = get<std::uint32_t>(bytes, at + 8);
+  part.third = get<std::uint32_t>(bytes, at + 12);
+  part.unit = get<std::uint32_t>(bytes, at + 16);
+  part.digest = get<std::uint64_t>(bytes, at + 24);
+  return part;
+}
+
+// What every record has; `bytes` is cleared first.
+void start_record(IndexRecord::Kind kind, std::uint64_t epoch, std::uint64_t position,
+                  std::span<std::byte> bytes) {
+  KVTIER_CHECK(bytes.size() == IndexRecord::kBytes, "a record of {} B", bytes.size());
+  std::fill(bytes.begin(), bytes.end(), std::byte{0});
+  std::memcpy(bytes.data(), kRecordMagic, 4);
+  store_little_endian(bytes.data() + 4, static_cast<std::uint32_t>(kind));
+  store_little_endian(bytes.data() + 8, epoch);
+  store_little_endian(bytes.data() + 16, position);
+}
+
+void seal_record(std::span<std::byte> bytes) {
+  store_little_endian(bytes.data() + kRecordChecksumAt, checksum(bytes.first(kRecordChecksumAt)));
 }
 
 }  // namespace
@@ -123,7 +170,8 @@ void encode(const SegmentHeader& header, std::span<std::byte> page) {
 
 Result<SegmentHeader> decode_segment_header(std::span<const std::byte> page) {
   constexpr const char* kWhat = "segment header";
-  KVTIER_RETURN_IF_ERROR(check_page(page, kWhat, kSegmentMagic));
+  KVTIER_RETURN_IF_ERROR(
+      check_page(page, kWhat, kSegmentMagic, kStoreFormatVersion, kStoreFormatVersion));
   SegmentHeader header;
   header.store = get_bytes<16>(page, 16);
   header.segment = get<std::uint32_t>(page, 12);
@@ -174,15 +222,7 @@ void encode_manifest(const ManifestHeader& header, std::span<const ManifestPart>
   writer.put(112, header.extent_bytes);
   writer.put(116, header.bytes);
   for (std::size_t i = 0; i < parts.size(); ++i) {
-    const ManifestPart& part = parts[i];
-    const std::size_t at = ManifestHeader::kBytes + i * ManifestHeader::kPartBytes;
-    writer.put(at, static_cast<std::uint8_t>(part.kind));
-    writer.put(at + 1, part.units);
-    writer.put(at + 4, part.first);
-    writer.put(at + 8, part.second);
-    writer.put(at + 12, part.third);
-    writer.put(at + 16, part.unit);
-    writer.put(at + 24, part.digest);
+    put_part(parts[i], manifest.data() + ManifestHeader::kBytes + i * ManifestHeader::kPartBytes);
   }
   store_little_endian(manifest.data() + kManifestChecksumAt, manifest_checksum(manifest));
 }
@@ -231,16 +271,9 @@ Result<ManifestHeader> decode_manifest(std::span<const std::byte> manifest,
   }
   parts.clear();
   for (std::uint32_t i = 0; i < header.parts; ++i) {
-    const std::size_t at = ManifestHeader::kBytes + i * ManifestHeader::kPartBytes;
-    ManifestPart part;
-    part.kind = static_cast<ManifestPart::Kind>(get<std::uint8_t>(manifest, at));
-    part.units = get<std::uint8_t>(manifest, at + 1);
-    part.first = get<std::uint32_t>(manifest, at + 4);
-    part.second = get<std::uint32_t>(manifest, at + 8);
-    part.third = get<std::uint32_t>(manifest, at + 12);
-    part.unit = get<std::uint32_t>(manifest, at + 16);
-    part.digest = get<std::uint64_t>(manifest, at + 24);
-    if (!is_plausible(part, header)) {
+    const ManifestPart part =
+        get_part(manifest, ManifestHeader::kBytes + i * ManifestHeader::kPartBytes);
+    if (!is_plausible(part, header.extent_bytes, header.bytes)) {
       return corrupt(fmt::format("manifest: part {} of {} makes no sense", i, header.parts));
     }
     parts.push_back(part);
@@ -249,7 +282,7 @@ Result<ManifestHeader> decode_manifest(std::span<const std::byte> manifest,
 }
 
 void encode(const IndexHeader& header, std::span<std::byte> page) {
-  PageWriter writer(page, kIndexMagic);
+  PageWriter writer(page, kIndexMagic, kIndexVersion);
   writer.put(12, static_cast<std::uint32_t>(header.level));
   writer.put_bytes(16, header.store);
   writer.put(32, header.epoch);
@@ -262,7 +295,7 @@ void encode(const IndexHeader& header, std::span<std::byte> page) {
 
 Result<IndexHeader> decode_index_header(std::span<const std::byte> page) {
   constexpr const char* kWhat = "index header";
-  KVTIER_RETURN_IF_ERROR(check_page(page, kWhat, kIndexMagic));
+  KVTIER_RETURN_IF_ERROR(check_page(page, kWhat, kIndexMagic, kIndexVersionMin, kIndexVersion));
   IndexHeader header;
   const auto level = get<std::uint32_t>(page, 12);
   if (level > static_cast<std::uint32_t>(Durability::kPower)) {
@@ -280,12 +313,7 @@ Result<IndexHeader> decode_index_header(std::span<const std::byte> page) {
 
 void encode(const IndexRecord& record, std::uint64_t epoch, std::uint64_t position,
             std::span<std::byte> bytes) {
-  KVTIER_CHECK(bytes.size() == IndexRecord::kBytes, "a record of {} B", bytes.size());
-  std::fill(bytes.begin(), bytes.end(), std::byte{0});
-  std::memcpy(bytes.data(), kRecordMagic, 4);
-  store_little_endian(bytes.data() + 4, static_cast<std::uint32_t>(record.kind));
-  store_little_endian(bytes.data() + 8, epoch);
-  store_little_endian(bytes.data() + 16, position);
+  start_record(record.kind, epoch, position, bytes);
   store_little_endian(bytes.data() + 24, record.number);
   std::copy(record.key.bytes.begin(), record.key.bytes.end(), bytes.begin() + 32);
   store_little_endian(bytes.data() + 64, record.unit);
@@ -293,7 +321,49 @@ void encode(const IndexRecord& record, std::uint64_t epoch, std::uint64_t positi
   store_little_endian(bytes.data() + 72, record.references);
   store_little_endian(bytes.data() + 80, record.manifest);
   store_little_endian(bytes.data() + 88, std::bit_cast<std::uint64_t>(record.value));
-  store_little_endian(bytes.data() + kRecordChecksumAt, checksum(bytes.first(kRecordChecksumAt)));
+  seal_record(bytes);
+}
+
+void encode(const IndexDetail& detail, std::uint64_t epoch, std::uint64_t position,
+            std::span<std::byte> bytes) {
+  start_record(IndexRecord::Kind::kDetail, epoch, position, bytes);
+  store_little_endian(bytes.data() + 24, detail.layout_fingerprint);
+  std::copy(detail.parent.bytes.begin(), detail.parent.bytes.end(), bytes.begin() + 32);
+  store_little_endian(bytes.data() + 64, detail.extent_bytes);
+  store_little_endian(bytes.data() + 68, detail.manifest_bytes);
+  store_little_endian(bytes.data() + 72, detail.parts);
+  seal_record(bytes);
+}
+
+void encode(std::span<const ManifestPart> parts, std::uint64_t epoch, std::uint64_t position,
+            std::span<std::byte> bytes) {
+  KVTIER_CHECK(!parts.empty() && parts.size() <= IndexDetail::kPartsPerRecord, "{} parts",
+               parts.size());
+  start_record(IndexRecord::Kind::kParts, epoch, position, bytes);
+  for (std::size_t i = 0; i < parts.size(); ++i) {
+    put_part(parts[i], bytes.data() + kRecordPartsAt + i * ManifestHeader::kPartBytes);
+  }
+  seal_record(bytes);
+}
+
+IndexDetail decode_detail(std::span<const std::byte> bytes) {
+  IndexDetail detail;
+  detail.layout_fingerprint = get<std::uint64_t>(bytes, 24);
+  detail.parent.bytes = get_bytes<32>(bytes, 32);
+  detail.extent_bytes = get<std::uint32_t>(bytes, 64);
+  detail.manifest_bytes = get<std::uint32_t>(bytes, 68);
+  detail.parts = get<std::uint32_t>(bytes, 72);
+  return detail;
+}
+
+bool decode_parts(std::span<const std::byte> bytes, const IndexDetail& detail, std::uint32_t count,
+                  std::vector<ManifestPart>& parts) {
+  KVTIER_CHECK(count <= IndexDetail::kPartsPerRecord, "{} parts", count);
+  for (std::uint32_t i = 0; i < count; ++i) {
+    parts.push_back(get_part(bytes, kRecordPartsAt + i * ManifestHeader::kPartBytes));
+    if (!is_plausible(parts.back(), detail.extent_bytes, detail.manifest_bytes)) return false;
+  }
+  return true;
 }
 
 RecordState decode_record(std::span<const std::byte> bytes, std::uint64_t epoch,
@@ -309,11 +379,13 @@ RecordState decode_record(std::span<const std::byte> bytes, std::uint64_t epoch,
   const auto found_epoch = get<std::uint64_t>(bytes, 8);
   if (found_epoch < epoch) return RecordState::kAbsent;
   const auto kind = get<std::uint32_t>(bytes, 4);
-  if (found_epoch > epoch || get<std::uint64_t>(bytes, 16) != position || kind > 3) {
+  if (found_epoch > epoch || get<std::uint64_t>(bytes, 16) != position ||
+      kind > static_cast<std::uint32_t>(IndexRecord::Kind::kParts)) {
     return RecordState::kDamaged;
   }
   record.kind = static_cast<IndexRecord::Kind>(kind);
   if (record.kind == IndexRecord::Kind::kEnd) return RecordState::kEnd;
+  if (record.kind >= IndexRecord::Kind::kDetail) return RecordState::kValid;
   record.number = get<std::uint64_t>(bytes, 24);
   record.key.bytes = get_bytes<32>(bytes, 32);
   record.unit = get<std::uint32_t>(bytes, 64);

@@ -108,7 +108,7 @@ struct IndexHeader {
   std::uint64_t epoch = 0;  ///< Grows with every rewriting; the area with the larger one counts.
   Durability level = Durability::kCrash;
   bool clean = false;          ///< Nothing was appended since.
-  std::uint64_t records = 0;   ///< Written with the header.
+  std::uint64_t records = 0;   ///< Written with the header, details included.
   std::uint32_t segments = 0;  ///< Geometry of the store.
   std::uint64_t segment_bytes = 0;
   friend bool operator==(const IndexHeader&, const IndexHeader&) = default;
@@ -119,7 +119,15 @@ Result<IndexHeader> decode_index_header(std::span<const std::byte> page);
 /// One line of the index.
 struct IndexRecord {
   static constexpr std::size_t kBytes = 128;
-  enum class Kind : std::uint32_t { kEnd = 0, kPut = 1, kErase = 2, kReferences = 3 };
+  enum class Kind : std::uint32_t {
+    kEnd = 0,
+    kPut = 1,
+    kErase = 2,
+    kReferences = 3,
+    // What the manifest of the put before them says; in a list that was closed cleanly.
+    kDetail = 4,
+    kParts = 5,
+  };
 
   Kind kind = Kind::kPut;
   std::uint32_t references = 0;
@@ -131,8 +139,31 @@ struct IndexRecord {
   StoreKey key;
   friend bool operator==(const IndexRecord&, const IndexRecord&) = default;
 };
+/// What a manifest says of itself, beyond what a put has: with it, opening reads no manifest.
+struct IndexDetail {
+  /// Parts in one record of kind `kParts`; the last one of an item has what is left.
+  static constexpr std::uint32_t kPartsPerRecord = 3;
+
+  StoreKey parent;
+  std::uint64_t layout_fingerprint = 0;
+  std::uint32_t extent_bytes = 0;
+  std::uint32_t manifest_bytes = 0;
+  std::uint32_t parts = 0;
+
+  /// Records that it and its parts take.
+  std::uint64_t records() const {
+    return 1 + (std::uint64_t{parts} + kPartsPerRecord - 1) / kPartsPerRecord;
+  }
+  friend bool operator==(const IndexDetail&, const IndexDetail&) = default;
+};
+
 /// `position` counts the records of an area.
 void encode(const IndexRecord& record, std::uint64_t epoch, std::uint64_t position,
+            std::span<std::byte> bytes);
+void encode(const IndexDetail& detail, std::uint64_t epoch, std::uint64_t position,
+            std::span<std::byte> bytes);
+/// One to three parts.
+void encode(std::span<const ManifestPart> parts, std::uint64_t epoch, std::uint64_t position,
             std::span<std::byte> bytes);
 /// What stands where a record may stand.
 enum class RecordState : unsigned char {
@@ -141,8 +172,13 @@ enum class RecordState : unsigned char {
   kAbsent,   ///< Zeros, or what an earlier epoch left.
   kDamaged,  ///< Neither: a torn, lost or misplaced write.
 };
+/// Of kinds `kDetail` and `kParts` the kind alone is decoded; for the rest there are the two below.
 RecordState decode_record(std::span<const std::byte> bytes, std::uint64_t epoch,
                           std::uint64_t position, IndexRecord& record);
+IndexDetail decode_detail(std::span<const std::byte> bytes);
+/// Appends `count` parts, at most three; false when one makes no sense in an item of this detail.
+bool decode_parts(std::span<const std::byte> bytes, const IndexDetail& detail, std::uint32_t count,
+                  std::vector<ManifestPart>& parts);
 
 }  // namespace kvtier
 

@@ -22,18 +22,20 @@ static_assert(kUnitsPerLook * SegmentHeader::kBytes == kManifestsPerLook * kLook
 
 }  // namespace
 
+bool Store::State::places_are_inside(const StoreItem& item) const {
+  return std::ranges::all_of(item.parts, [this](const ManifestPart& part) {
+    const std::uint64_t end = std::uint64_t{part.unit} + part.units;
+    return part.units == 0 || (part.unit % part.units == 0 && end <= space->units());
+  });
+}
+
 // What the bytes of a manifest at a unit say; everything but references and value.
 Result<StoreItem> Store::State::parse_manifest(std::uint32_t unit,
                                                std::span<const std::byte> memory) const {
   StoreItem item;
   KVTIER_ASSIGN_OR_RETURN(const ManifestHeader header, decode_manifest(memory, item.parts));
   if (header.store != id) return corrupt("a manifest of another store");
-  for (const ManifestPart& part : item.parts) {
-    const std::uint64_t end = std::uint64_t{part.unit} + part.units;
-    if (part.units > 0 && (part.unit % part.units != 0 || end > space->units())) {
-      return corrupt("a manifest with a place outside of the store");
-    }
-  }
+  if (!places_are_inside(item)) return corrupt("a manifest with a place outside of the store");
   item.phase = StoreItem::Phase::kLive;
   item.key = header.key;
   item.parent = header.parent;
@@ -60,7 +62,7 @@ Result<StoreItem> Store::State::load_manifest(std::uint32_t unit, std::span<cons
 }
 
 // Takes an item with all its places; false when one of them belongs to another.
-bool Store::State::adopt(StoreItem&& item) {
+bool Store::State::adopt(StoreItem&& item, std::uint64_t last_use) {
   if (by_key.contains(item.key) || !space->claim(item.unit, item.units)) return false;
   for (std::size_t i = 0; i < item.parts.size(); ++i) {
     if (item.parts[i].units == 0 || space->claim(item.parts[i].unit, item.parts[i].units)) continue;
@@ -74,30 +76,31 @@ bool Store::State::adopt(StoreItem&& item) {
   const std::uint32_t index = new_item();
   by_key.emplace(item.key, index);
   items[index] = std::move(item);
-  items[index].last_use = ++uses;
-  link_child(items[index].parent);
+  items[index].last_use = last_use;
+  uses = std::max(uses, last_use);
+  link_child(index);
   rank(index);
   return true;
 }
 
 // Reads the manifests of some records at a time and takes the items that are as they must be.
-void Store::State::load_some(std::span<const IndexRecord> records) {
+void Store::State::load_some(std::span<const Listed> listed) {
   operations.clear();
-  for (std::size_t i = 0; i < records.size(); ++i) {
-    if (records[i].unit >= space->units()) continue;
+  for (std::size_t i = 0; i < listed.size(); ++i) {
+    if (listed[i].record.unit >= space->units()) continue;
     operations.push_back(
-        operation(FileOperation::Kind::kRead, records[i].unit,
+        operation(FileOperation::Kind::kRead, listed[i].record.unit,
                   staging->bytes().subspan((kManifestsPerLook + i) * kLookBytes, kLookBytes), i));
   }
-  std::vector<std::span<const std::byte>> looks(records.size());
+  std::vector<std::span<const std::byte>> looks(listed.size());
   io->run(operations, [&](StoreOperation& done) {
     stats.read_failures += !done.io.status.ok();
     if (!done.io.status.ok()) return;
     decrypt(done);
     looks[done.index] = done.io.buffer;
   });
-  for (std::size_t i = 0; i < records.size(); ++i) {
-    const IndexRecord& record = records[i];
+  for (std::size_t i = 0; i < listed.size(); ++i) {
+    const IndexRecord& record = listed[i].record;
     Result<StoreItem> item = load_manifest(record.unit, looks[i]);
     const bool same = item.ok() && item->key == record.key && item->number == record.number &&
                       item->manifest == record.manifest && item->units == record.units;
@@ -106,30 +109,67 @@ void Store::State::load_some(std::span<const IndexRecord> records) {
       // No number has no place in the order of eviction.
       item->value = std::isnan(record.value) ? 0.0 : record.value;
     }
-    if (!same || !adopt(std::move(*item))) ++stats.items_dropped;
+    if (!same || !adopt(std::move(*item), listed[i].line)) ++stats.items_dropped;
   }
 }
 
-Status Store::State::load_items(std::span<const IndexRecord> records) {
-  std::unordered_map<StoreKey, IndexRecord> alive;
+// The items of a list that was closed cleanly, of which it repeats the manifests. What such a list
+// says is believed as a manifest's word is: extents and blobs have to agree with it when they are
+// read.
+Status Store::State::load_detailed(const IndexContent& content) {
+  // Where a segment was made anew, the manifests that are left say what was in it.
+  if (segments_lost > 0) return load_items(content.records, 0);
+  std::span<const ManifestPart> parts = content.parts;
+  items.reserve(content.records.size());
+  by_key.reserve(content.records.size());
+  for (std::size_t i = 0; i < content.details.size(); ++i) {
+    const IndexRecord& record = content.records[i];
+    const IndexDetail& detail = content.details[i];
+    StoreItem item;
+    item.phase = StoreItem::Phase::kLive;
+    item.key = record.key;
+    item.parent = detail.parent;
+    item.number = record.number;
+    item.layout_fingerprint = detail.layout_fingerprint;
+    item.extent_bytes = detail.extent_bytes;
+    item.references = record.references;
+    item.unit = record.unit;
+    item.units = record.units;
+    item.manifest_bytes = detail.manifest_bytes;
+    item.manifest = record.manifest;
+    item.value = std::isnan(record.value) ? 0.0 : record.value;
+    item.parts.assign(parts.begin(), parts.begin() + detail.parts);
+    parts = parts.subspan(detail.parts);
+    const bool is_sound = SpaceMap::units_for(item.manifest_bytes) == item.units &&
+                          item.manifest_bytes > 0 && places_are_inside(item);
+    if (!is_sound || !adopt(std::move(item), i + 1)) ++stats.items_dropped;
+  }
+  return load_items(std::span(content.records).subspan(content.details.size()),
+                    content.details.size());
+}
+
+Status Store::State::load_items(std::span<const IndexRecord> records, std::uint64_t first_line) {
+  std::unordered_map<StoreKey, Listed> alive;
+  std::uint64_t line = first_line;
   for (const IndexRecord& record : records) {
-    switch (record.kind) {
-      case IndexRecord::Kind::kPut: alive[record.key] = record; break;
-      case IndexRecord::Kind::kErase: alive.erase(record.key); break;
-      case IndexRecord::Kind::kEnd: break;
-      case IndexRecord::Kind::kReferences:
-        if (const auto found = alive.find(record.key); found != alive.end()) {
-          found->second.references = record.references;
-        }
-        break;
+    ++line;
+    if (record.kind == IndexRecord::Kind::kPut) {
+      alive[record.key] = {record, line};
+    } else if (record.kind == IndexRecord::Kind::kErase) {
+      alive.erase(record.key);
+    } else if (record.kind == IndexRecord::Kind::kReferences) {
+      if (const auto found = alive.find(record.key); found != alive.end()) {
+        found->second.record.references = record.references;
+      }
     }
   }
-  std::vector<IndexRecord> sorted;
-  for (const auto& [key, record] : alive) sorted.push_back(record);
+  std::vector<Listed> sorted;
+  sorted.reserve(alive.size());
+  for (const auto& [key, listed] : alive) sorted.push_back(listed);
   // The latest first: of two claims to a place the later one is right.
   std::sort(sorted.begin(), sorted.end(),
-            [](const IndexRecord& a, const IndexRecord& b) { return a.number > b.number; });
-  std::span<const IndexRecord> rest = sorted;
+            [](const Listed& a, const Listed& b) { return a.record.number > b.record.number; });
+  std::span<const Listed> rest = sorted;
   while (!rest.empty()) {
     const std::size_t count = std::min(rest.size(), kManifestsPerLook);
     load_some(rest.first(count));
@@ -160,7 +200,7 @@ Status Store::State::load_index() {
   if (usable.ok() && content.header.level == Durability::kClean && !content.header.clean) {
     add_notice("the store was not closed, and its durability was `clean`: it is empty");
   } else if (usable.ok()) {
-    KVTIER_RETURN_IF_ERROR(load_items(content.records));
+    KVTIER_RETURN_IF_ERROR(load_detailed(content));
     if (stats.items_dropped > 0) {
       add_notice(fmt::format("{} items are listed, but not there as they must be: dropped",
                              stats.items_dropped));
@@ -175,15 +215,39 @@ Status Store::State::load_index() {
   return options.read_only ? Status() : rewrite_index(false, next_epoch);
 }
 
-// Whether every extent of an item that no index vouches for has the header that it must have.
+// Whether every extent of an item that no index vouches for has the header that it must have. Reads
+// the headers alone, as many at a time as there is memory for.
 bool Store::State::extents_are_there(const StoreItem& item) {
-  bool all = true;
+  std::vector<const ManifestPart*> extents;
   for (const ManifestPart& part : item.parts) {
-    if (part.kind != ManifestPart::Kind::kExtent || !all) continue;
-    const std::span<std::byte> bytes = staged(1).first(item.extent_bytes);
-    ExtentFacts facts;
-    all = read_place(part.unit, bytes).ok() && check_extent_header(bytes, facts).ok() &&
-          facts.header_digest == part.digest;
+    if (part.kind == ManifestPart::Kind::kExtent) extents.push_back(&part);
+  }
+  // All extents of an item are of one layout: the first says how long its headers are.
+  std::size_t header_bytes = std::min<std::size_t>(SegmentHeader::kBytes, item.extent_bytes);
+  if (!extents.empty()) {
+    const std::span<std::byte> page = staged(1).first(header_bytes);
+    if (!read_place(extents.front()->unit, page).ok()) return false;
+    header_bytes = extent_header_bytes(page);
+    if (header_bytes == 0 || header_bytes > item.extent_bytes) return false;
+  }
+  const std::span<std::byte> memory = staging->bytes().subspan(SpaceMap::kChunkBytes);
+  const std::size_t at_once = memory.size() / header_bytes;
+  bool all = true;
+  for (std::size_t first = 0; first < extents.size() && all; first += at_once) {
+    operations.clear();
+    for (std::size_t i = first; i < std::min(first + at_once, extents.size()); ++i) {
+      operations.push_back(operation(FileOperation::Kind::kRead, extents[i]->unit,
+                                     memory.subspan((i - first) * header_bytes, header_bytes), i));
+    }
+    io->run(operations, [&](StoreOperation& done) {
+      stats.read_bytes += done.io.buffer.size();
+      all = all && done.io.status.ok();
+      if (!all) return;
+      decrypt(done);
+      ExtentFacts facts;
+      all = check_extent_header(done.io.buffer, facts).ok() &&
+            facts.header_digest == extents[done.index]->digest;
+    });
   }
   return all;
 }
@@ -236,8 +300,11 @@ Status Store::State::rebuild(const std::string& reason) {
   }
   std::sort(found.begin(), found.end(),
             [](const StoreItem& a, const StoreItem& b) { return a.number > b.number; });
+  // Later commits count as later uses.
+  std::uint64_t last_use = found.size();
   for (StoreItem& item : found) {
-    if (extents_are_there(item)) adopt(std::move(item));
+    if (extents_are_there(item)) adopt(std::move(item), last_use);
+    --last_use;
   }
   // How many referred to an item is not in the segments: those at the end of a chain had one.
   for (StoreItem& item : items) {

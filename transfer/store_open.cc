@@ -238,6 +238,7 @@ Status Store::State::open_existing() {
       return io_error(fmt::format("{}: {}", directory->name(), what));
     }
     add_notice(what + ": made anew, what was in it is gone");
+    ++segments_lost;
     KVTIER_RETURN_IF_ERROR(directory->remove(segment_name(i)));
     KVTIER_RETURN_IF_ERROR(create_segment(i));
   }

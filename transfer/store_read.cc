@@ -8,6 +8,13 @@
 #include <algorithm>
 
 namespace kvtier {
+namespace {
+
+std::size_t whole_pages_of(std::size_t bytes) {
+  return (bytes + SegmentHeader::kBytes - 1) / SegmentHeader::kBytes * SegmentHeader::kBytes;
+}
+
+}  // namespace
 
 Result<StoredItem> Store::find(const StoreKey& key) {
   State& state = *state_;
@@ -98,6 +105,54 @@ Status Store::State::read_manifest(const StoreItem& item, std::span<const std::b
   return {};
 }
 
+Status Store::verify_manifest(const StoredItem& stored) {
+  KVTIER_CHECK(stored.store_ == this, "an item of another store");
+  std::span<const std::byte> manifest;
+  return state_->read_manifest(state_->items[stored.index_], manifest);
+}
+
+Status Store::State::check_blob(const StoreItem& item, const ManifestPart& part,
+                                std::span<const std::byte> found) const {
+  const std::uint64_t digest = checksum(found);
+  if (digest == part.digest) return {};
+  return corrupt(fmt::format("item {}: blob {}: checksum is {:#x}, expected {:#x}",
+                             item.key.short_text(), part.first, digest, part.digest));
+}
+
+// Reads the pieces of one blob, as many at a time as there is staging memory.
+Status Store::State::read_pieces(const StoreItem& item, std::span<const ManifestPart> pieces,
+                                 std::span<std::byte> target) {
+  Status failure;
+  while (!pieces.empty() && failure.ok()) {
+    const std::size_t count = std::min(pieces.size(), kStagedPlaces);
+    operations.clear();
+    for (std::size_t i = 0; i < count; ++i) {
+      operations.push_back(operation(FileOperation::Kind::kRead, pieces[i].unit,
+                                     staged(i).first(whole_pages_of(pieces[i].third)), i));
+      stats.read_bytes += operations.back().io.buffer.size();
+    }
+    io->run(operations, [&](StoreOperation& done) {
+      const ManifestPart& piece = pieces[done.index];
+      stats.read_failures += !done.io.status.ok();
+      Status status = done.io.status;
+      if (status.ok()) decrypt(done);
+      const std::span<const std::byte> found = done.io.buffer.first(piece.third);
+      if (status.ok()) status = check_blob(item, piece, found);
+      // Every piece but the last has the same length, so its place in the blob follows from its
+      // number.
+      if (status.ok()) {
+        std::copy(found.begin(), found.end(),
+                  target.begin() + static_cast<std::ptrdiff_t>(piece.second) *
+                                       static_cast<std::ptrdiff_t>(SpaceMap::kChunkBytes));
+      } else if (failure.ok()) {
+        failure = std::move(status);
+      }
+    });
+    pieces = pieces.subspan(count);
+  }
+  return failure;
+}
+
 Status Store::read_blob(const StoredItem& stored, std::uint32_t tag, std::span<std::byte> target) {
   State& state = *state_;
   KVTIER_CHECK(stored.store_ == this, "an item of another store");
@@ -107,30 +162,29 @@ Status Store::read_blob(const StoredItem& stored, std::uint32_t tag, std::span<s
     return not_found(fmt::format("item {}: no blob {}", item.key.short_text(), tag));
   }
   KVTIER_CHECK(target.size() == *bytes, "{} B for a blob of {} B", target.size(), *bytes);
-  for (const ManifestPart& part : item.parts) {
-    if (part.kind == ManifestPart::Kind::kExtent || part.first != tag) continue;
-    std::span<const std::byte> source;
-    if (part.kind == ManifestPart::Kind::kInlineBlob) {
-      KVTIER_RETURN_IF_ERROR(state.read_manifest(item, source));
-      source = source.subspan(part.unit, part.third);
-    } else {
-      const std::size_t pages = (part.third + SegmentHeader::kBytes - 1) / SegmentHeader::kBytes;
-      const std::span<std::byte> memory = state.staged(0).first(pages * SegmentHeader::kBytes);
-      const Status status = state.read_place(part.unit, memory);
-      if (!status.ok()) {
-        ++state.stats.read_failures;
-        return status;
-      }
-      source = memory.first(part.third);
-    }
-    if (const std::uint64_t found = checksum(source); found != part.digest) {
-      return corrupt(fmt::format("item {}: blob {}: checksum is {:#x}, expected {:#x}",
-                                 item.key.short_text(), tag, found, part.digest));
-    }
-    std::copy(source.begin(), source.end(), target.begin());
-    target = target.subspan(source.size());
+  // The pieces of a blob are neighbours in order, and what stands in the manifest has one part.
+  const auto first = std::ranges::find_if(item.parts, [tag](const ManifestPart& part) {
+    return part.kind != ManifestPart::Kind::kExtent && part.first == tag;
+  });
+  if (first->kind == ManifestPart::Kind::kInlineBlob) {
+    std::span<const std::byte> manifest;
+    KVTIER_RETURN_IF_ERROR(state.read_manifest(item, manifest));
+    const std::span<const std::byte> found = manifest.subspan(first->unit, first->third);
+    KVTIER_RETURN_IF_ERROR(state.check_blob(item, *first, found));
+    std::copy(found.begin(), found.end(), target.begin());
+    return {};
   }
-  return {};
+  const auto end = std::find_if(first, item.parts.end(), [&](const ManifestPart& part) {
+    return part.kind != first->kind || part.first != tag;
+  });
+  const std::span<const ManifestPart> pieces(first, end);
+  for (std::size_t i = 0; i < pieces.size(); ++i) {
+    const bool is_last = i + 1 == pieces.size();
+    if (pieces[i].second == i && (is_last || pieces[i].third == SpaceMap::kChunkBytes)) continue;
+    return corrupt(
+        fmt::format("item {}: blob {}: its pieces are not in order", item.key.short_text(), tag));
+  }
+  return state.read_pieces(item, pieces, target);
 }
 
 }  // namespace kvtier

@@ -20,6 +20,7 @@ namespace kvtier {
 /// An item, or one that is being written.
 struct StoreItem {
   enum class Phase : unsigned char { kFree, kFilling, kLive };
+  static constexpr std::uint32_t kNone = 0xFFFFFFFF;
 
   Phase phase = Phase::kFree;
   bool failed = false;  ///< A write of the fill failed: it can only be dropped.
@@ -37,6 +38,9 @@ struct StoreItem {
   std::uint64_t manifest = 0;  ///< Its checksum.
   double value = 0.0;
   std::uint64_t last_use = 0;
+  /// Neighbours among the items that continue the same one.
+  std::uint32_t next_child = kNone;
+  std::uint32_t previous_child = kNone;
   /// Sorted by kind, first, second, third once live; the extents come first.
   std::vector<ManifestPart> parts;
 };
@@ -68,7 +72,8 @@ struct StoreGeometry {
 
 // Invariants:
 //  - every place of every live item and fill is taken in `space`, and nothing else is;
-//  - `by_key` has the live items and the fills; `children` counts both by their parent's key;
+//  - `by_key` has the live items and the fills; `children` has the first of a list of both under
+//    their parent's key, whether that one is there or not;
 //  - `ranks` has just the live items without holds and children: what may be evicted;
 //  - a place is given back only after the index (where there is one) has stopped listing its item.
 struct Store::State {
@@ -100,6 +105,7 @@ struct Store::State {
   std::uint64_t uses = 0;
   std::uint32_t open_fills = 0;
   std::uint32_t open_holds = 0;
+  std::uint32_t segments_lost = 0;  ///< Made anew at open.
   bool foreign_key = false;
   bool closed = false;
 
@@ -129,8 +135,8 @@ struct Store::State {
   bool is_evictable(const StoreItem& item) const;
   void rank(std::uint32_t index);
   void unrank(std::uint32_t index);
-  void link_child(const StoreKey& parent);
-  void unlink_child(const StoreKey& parent);
+  void link_child(std::uint32_t index);
+  void unlink_child(std::uint32_t index);
   std::uint64_t units_of(const StoreItem& item) const;
   const ManifestPart* find_part(const StoreItem& item, ManifestPart::Kind kind, std::uint32_t first,
                                 std::uint32_t second, std::uint32_t third) const;
@@ -142,6 +148,7 @@ struct Store::State {
                        std::span<const std::uint64_t> digests);
   Status check_manifest(const StoreItem& item, std::span<const StoreBlob> blobs) const;
   Status place_blobs(StoreItem& item, std::span<const StoreBlob> blobs);
+  Status write_pieces(std::span<const ManifestPart> pieces, std::span<const std::byte> bytes);
   Status write_manifest(StoreItem& item, std::span<const StoreBlob> blobs);
   Status sync_segments();
   Status check_files();
@@ -158,6 +165,10 @@ struct Store::State {
   Status move_place(std::uint32_t item, const SpaceMap::Move& move);
 
   // --- Reading.
+  Status read_pieces(const StoreItem& item, std::span<const ManifestPart> pieces,
+                     std::span<std::byte> target);
+  Status check_blob(const StoreItem& item, const ManifestPart& part,
+                    std::span<const std::byte> found) const;
   Status read_manifest(const StoreItem& item, std::span<const std::byte>& manifest);
   void verify_read(StoreExtentRead& read, const ManifestPart& part, Status status);
 
@@ -173,14 +184,20 @@ struct Store::State {
   Status find_geometry();
   Result<bool> is_unfinished();
   Status load_index();
-  Status load_items(std::span<const IndexRecord> records);
+  struct Listed {
+    IndexRecord record;
+    std::uint64_t line = 0;  ///< In the index: later ones were used later.
+  };
+  Status load_items(std::span<const IndexRecord> records, std::uint64_t first_line);
   Status rebuild(const std::string& reason);
   Status scan_segment(std::uint32_t segment, std::vector<StoreItem>& found);
-  void load_some(std::span<const IndexRecord> records);
+  void load_some(std::span<const Listed> listed);
   Result<StoreItem> parse_manifest(std::uint32_t unit, std::span<const std::byte> memory) const;
   Result<StoreItem> load_manifest(std::uint32_t unit, std::span<const std::byte> look);
   bool extents_are_there(const StoreItem& item);
-  bool adopt(StoreItem&& item);
+  bool adopt(StoreItem&& item, std::uint64_t last_use);
+  bool places_are_inside(const StoreItem& item) const;
+  Status load_detailed(const IndexContent& content);
   void add_notice(const std::string& line);
   Status close_files();
 };

@@ -14,17 +14,6 @@ namespace {
 
 constexpr std::size_t kStorePageBytes = BlockLayout::kPageBytes;
 
-std::size_t whole_pages(std::size_t bytes) {
-  return (bytes + kStorePageBytes - 1) / kStorePageBytes * kStorePageBytes;
-}
-
-std::size_t inline_bytes(std::size_t bytes) { return (bytes + 7) / 8 * 8; }
-
-// Whether a blob has its bytes in the manifest, of which so many are taken.
-bool stands_in_manifest(const StoreBlob& blob, std::size_t bytes) {
-  return blob.bytes.empty() || bytes + inline_bytes(blob.bytes.size()) <= SpaceMap::kUnitBytes;
-}
-
 // The file only reads from a buffer that it writes; its interface has one kind of buffer for both.
 std::span<std::byte> for_writing(std::span<const std::byte> bytes) {
   return {const_cast<std::byte*>(bytes.data()), bytes.size()};
@@ -91,7 +80,7 @@ Result<StoreFill> Store::fill(const StoreFillRequest& request) {
   item.layout_fingerprint = request.layout_fingerprint;
   item.extent_bytes = static_cast<std::uint32_t>(request.extent_bytes);
   state.by_key.emplace(request.key, index);
-  state.link_child(request.parent);
+  state.link_child(index);
   ++state.open_fills;
   // From here on dropping the fill undoes everything.
   StoreFill fill(this, index);
@@ -181,99 +170,6 @@ Status Store::State::write_extents(StoreItem& item, std::span<const StoreExtentW
   return failure;
 }
 
-// Whether the manifest can list what it has to; before anything of it is written.
-Status Store::State::check_manifest(const StoreItem& item, std::span<const StoreBlob> blobs) const {
-  std::size_t bytes =
-      ManifestHeader::kBytes + (item.parts.size() + blobs.size()) * ManifestHeader::kPartBytes;
-  std::size_t more_pieces = 0;
-  for (const StoreBlob& blob : blobs) {
-    if (stands_in_manifest(blob, bytes)) {
-      bytes += inline_bytes(blob.bytes.size());
-    } else {
-      more_pieces += (blob.bytes.size() - 1) / SpaceMap::kChunkBytes;
-    }
-  }
-  bytes += more_pieces * ManifestHeader::kPartBytes;
-  if (bytes <= SpaceMap::kChunkBytes) return {};
-  return unsupported(fmt::format("item {}: a manifest of {} B, at most {}: it has too many blobs",
-                                 item.key.short_text(), bytes, SpaceMap::kChunkBytes));
-}
-
-std::uint64_t Store::blob_bytes_max(std::uint32_t extents, std::uint32_t blobs) {
-  const std::uint64_t fixed =
-      ManifestHeader::kBytes + SpaceMap::kUnitBytes +
-      (std::uint64_t{extents} + std::uint64_t{2} * blobs) * ManifestHeader::kPartBytes;
-  if (fixed >= SpaceMap::kChunkBytes) return 0;
-  return (SpaceMap::kChunkBytes - fixed) / ManifestHeader::kPartBytes * SpaceMap::kChunkBytes;
-}
-
-// Decides which blobs stand in the manifest, and writes the pieces of the others.
-Status Store::State::place_blobs(StoreItem& item, std::span<const StoreBlob> blobs) {
-  std::size_t bytes =
-      ManifestHeader::kBytes + (item.parts.size() + blobs.size()) * ManifestHeader::kPartBytes;
-  for (const StoreBlob& blob : blobs) {
-    if (stands_in_manifest(blob, bytes)) {
-      bytes += inline_bytes(blob.bytes.size());
-      ManifestPart part{.kind = ManifestPart::Kind::kInlineBlob, .first = blob.tag};
-      part.third = static_cast<std::uint32_t>(blob.bytes.size());
-      part.digest = checksum(blob.bytes);
-      item.parts.push_back(part);
-      continue;
-    }
-    std::span<const std::byte> rest = blob.bytes;
-    for (std::uint32_t piece = 0; !rest.empty(); ++piece) {
-      const std::size_t length = std::min(rest.size(), SpaceMap::kChunkBytes);
-      const std::uint32_t units = SpaceMap::units_for(length);
-      std::uint32_t unit = 0;
-      KVTIER_RETURN_IF_ERROR(take_place(units, unit));
-      item.parts.push_back({.kind = ManifestPart::Kind::kBlobPiece,
-                            .units = static_cast<std::uint8_t>(units),
-                            .first = blob.tag,
-                            .second = piece,
-                            .third = static_cast<std::uint32_t>(length),
-                            .unit = unit,
-                            .digest = checksum(rest.first(length))});
-      const std::span<std::byte> copy = staged(0).first(whole_pages(length));
-      std::copy_n(rest.begin(), length, copy.begin());
-      std::fill(copy.begin() + static_cast<std::ptrdiff_t>(length), copy.end(), std::byte{0});
-      KVTIER_RETURN_IF_ERROR(write_place(unit, copy));
-      rest = rest.subspan(length);
-    }
-  }
-  return {};
-}
-
-// The item's parts are complete and sorted; the manifest gets a place and is written there.
-Status Store::State::write_manifest(StoreItem& item, std::span<const StoreBlob> blobs) {
-  std::size_t bytes = ManifestHeader::kBytes + item.parts.size() * ManifestHeader::kPartBytes;
-  const std::span<std::byte> memory = staged(0);
-  std::fill(memory.begin(), memory.end(), std::byte{0});
-  for (ManifestPart& part : item.parts) {
-    if (part.kind != ManifestPart::Kind::kInlineBlob) continue;
-    const auto blob = std::find_if(blobs.begin(), blobs.end(),
-                                   [&](const StoreBlob& b) { return b.tag == part.first; });
-    part.unit = static_cast<std::uint32_t>(bytes);
-    std::copy(blob->bytes.begin(), blob->bytes.end(),
-              memory.begin() + static_cast<std::ptrdiff_t>(bytes));
-    bytes += inline_bytes(blob->bytes.size());
-  }
-  KVTIER_RETURN_IF_ERROR(take_place(SpaceMap::units_for(bytes), item.unit));
-  item.units = SpaceMap::units_for(bytes);
-  item.number = next_number++;
-  item.manifest_bytes = static_cast<std::uint32_t>(bytes);
-  const ManifestHeader header = {.store = id,
-                                 .number = item.number,
-                                 .layout_fingerprint = item.layout_fingerprint,
-                                 .key = item.key,
-                                 .parent = item.parent,
-                                 .extent_bytes = item.extent_bytes,
-                                 .parts = static_cast<std::uint32_t>(item.parts.size()),
-                                 .bytes = item.manifest_bytes};
-  encode_manifest(header, item.parts, memory.first(bytes));
-  item.manifest = manifest_checksum(memory.first(bytes));
-  return write_place(item.unit, memory.first(whole_pages(bytes)));
-}
-
 Status Store::State::sync_segments() {
   for (std::size_t i = 0; i < segments.size(); ++i) {
     if (!dirty[i]) continue;
@@ -303,11 +199,24 @@ IndexRecord Store::State::record_of(const StoreItem& item, IndexRecord::Kind kin
 }
 
 Status Store::State::rewrite_index(bool clean, std::uint64_t epoch_min) {
-  std::vector<IndexRecord> records;
+  std::vector<const StoreItem*> live;
   for (const StoreItem& item : items) {
-    if (item.phase == StoreItem::Phase::kLive) {
-      records.push_back(record_of(item, IndexRecord::Kind::kPut));
-    }
+    if (item.phase == StoreItem::Phase::kLive) live.push_back(&item);
+  }
+  // The longest unused first: whoever loads the list knows the order of use.
+  std::sort(live.begin(), live.end(),
+            [](const StoreItem* a, const StoreItem* b) { return a->last_use < b->last_use; });
+  std::vector<IndexRecord> records;
+  std::vector<IndexDetailed> details;
+  for (const StoreItem* item : live) {
+    records.push_back(record_of(*item, IndexRecord::Kind::kPut));
+    if (!clean) continue;
+    details.push_back({.detail = {.parent = item->parent,
+                                  .layout_fingerprint = item->layout_fingerprint,
+                                  .extent_bytes = item->extent_bytes,
+                                  .manifest_bytes = item->manifest_bytes,
+                                  .parts = static_cast<std::uint32_t>(item->parts.size())},
+                       .parts = item->parts});
   }
   const IndexHeader header = {.store = id,
                               .epoch = epoch_min,
@@ -316,7 +225,7 @@ Status Store::State::rewrite_index(bool clean, std::uint64_t epoch_min) {
                               .segments = geometry.segments,
                               .segment_bytes = geometry.segment_bytes};
   ++stats.index_rewrites;
-  return index->rewrite(header, records);
+  return index->rewrite(header, records, details);
 }
 
 Status Store::State::append(std::span<const IndexRecord> records) {

@@ -214,6 +214,71 @@ TEST_F(IndexLogTest, EveryLostPageAndEveryFlippedRecordIsNoticed) {
   }
 }
 
+// Items of 0 to 7 parts, which is up to three records behind a detail.
+std::vector<std::vector<ManifestPart>> parts_of_items(std::size_t items) {
+  std::vector<std::vector<ManifestPart>> all(items);
+  for (std::uint32_t i = 0; i < items; ++i) {
+    for (std::uint32_t p = 0; p < i % 8; ++p) {
+      all[i].push_back({.units = 1, .first = p, .second = i, .unit = 10 * i + p, .digest = i * p});
+    }
+  }
+  return all;
+}
+
+TEST_F(IndexLogTest, ACleanListRepeatsWhatManifestsSayAsFarAsThereIsRoom) {
+  const auto parts = parts_of_items(60);
+  std::vector<IndexRecord> records;
+  std::vector<IndexDetailed> details;
+  for (std::uint32_t i = 0; i < parts.size(); ++i) {
+    records.push_back(record_of(i + 1));
+    details.push_back({.detail = {.parent = key_of(i),
+                                  .layout_fingerprint = 77,
+                                  .extent_bytes = 8192,
+                                  .manifest_bytes = 4000 + i,
+                                  .parts = static_cast<std::uint32_t>(parts[i].size())},
+                       .parts = parts[i]});
+  }
+  ASSERT_TRUE(log_->rewrite({.store = store_, .clean = true}, records, details).ok());
+  const IndexContent content = load();
+  EXPECT_EQ(content.damage, "");
+  EXPECT_EQ(content.records, records);
+  // 128 lines: 60 records, and details for some of them.
+  EXPECT_LE(content.header.records, kRecords);
+  ASSERT_GT(content.details.size(), 10U);
+  ASSERT_LT(content.details.size(), 60U);
+  std::vector<ManifestPart> expected;
+  for (std::size_t i = 0; i < content.details.size(); ++i) {
+    EXPECT_EQ(content.details[i], details[i].detail);
+    expected.insert(expected.end(), parts[i].begin(), parts[i].end());
+  }
+  EXPECT_EQ(content.parts, expected);
+  // A list that goes on after a clean stop is another one.
+  ASSERT_TRUE(log_->rewrite({.store = store_}, records).ok());
+  EXPECT_TRUE(load().details.empty());
+}
+
+TEST_F(IndexLogTest, DetailsOutOfPlaceAreDamage) {
+  const auto parts = parts_of_items(8);
+  const IndexRecord record = record_of(1);
+  const auto damage_of = [&](const IndexDetail& detail, std::span<const ManifestPart> listed) {
+    const IndexDetailed detailed{.detail = detail, .parts = listed};
+    EXPECT_TRUE(log_->rewrite({.store = store_, .clean = true}, {&record, 1}, {&detailed, 1}).ok());
+    return load().damage;
+  };
+  const IndexDetail sound = {.extent_bytes = 8192, .manifest_bytes = 4096, .parts = 7};
+  EXPECT_EQ(damage_of(sound, parts[7]), "");
+  // Parts of a size that the item's extents do not have.
+  IndexDetail other = sound;
+  other.extent_bytes = 100'000;
+  EXPECT_NE(damage_of(other, parts[7]), "");
+  // Fewer parts than the detail says.
+  const std::span<std::byte> bytes = file_.bytes();
+  EXPECT_EQ(damage_of(sound, parts[7]), "");
+  const std::size_t area = bytes.size() / 2 * log_->area();
+  encode(record, log_->epoch(), 4, bytes.subspan(area + 4096 + 4 * 128, 128));
+  EXPECT_THAT(load().damage, ::testing::HasSubstr("record 4 is torn"));
+}
+
 TEST_F(IndexLogTest, AFailedWriteStopsAppendingUntilARewrite) {
   ASSERT_TRUE(log_->rewrite({.store = store_}, {}).ok());
   EXPECT_EQ(log_->rewrite({.store = store_}, std::vector<IndexRecord>(kRecords + 1)).code(),
