@@ -1,5 +1,6 @@
 #include "tests/runtime/harness.h"
 
+#include "kernels/quantised_keys.h"
 #include "memory/check.h"
 
 #include <algorithm>
@@ -45,6 +46,30 @@ std::vector<double> Harness::exact_reference() const {
   return reference_over(all);
 }
 
+// The whole run is coded for every element: slow, and nothing is remembered.
+float Harness::kept_key(std::uint32_t head, std::uint32_t position, std::uint32_t element) const {
+  constexpr std::uint32_t kRun = KeyCodes::kRunTokens;
+  const std::uint32_t begin = position / kRun * kRun;
+  const auto exact = [&](std::uint32_t at) {
+    return content_.key(last_layer_, head, at, branch().versions[at], element);
+  };
+  if (position < setup_.sinks || begin + kRun > tokens()) return exact(position);
+  // Channels are coded one by one: this one eight times.
+  std::vector<float> keys;
+  for (std::uint32_t t = begin; t < begin + kRun; ++t) keys.insert(keys.end(), 8, exact(t));
+  const KeyCodes codes{.bits = setup_.selector.find("bits=2") == std::string::npos ? 4u : 2u,
+                       .dim = 8,
+                       .dtype = DType::kF32};
+  std::vector<CodeLine> lines(codes.run_lines());
+  quantise_run(
+      codes,
+      {reinterpret_cast<const std::byte*>(keys.data()), kRun, 8, 8 * sizeof(float), DType::kF32},
+      std::min(kRun, setup_.sinks - std::min(setup_.sinks, begin)), lines.data());
+  float key[8];
+  read_coded_key(codes, lines.data(), position - begin, key);
+  return key[0];
+}
+
 std::vector<double> Harness::reference_over(std::span<const AttendedRange> ranges) const {
   const BlockShape& shape = setup_.block;
   const std::uint32_t heads = options_.query_heads;
@@ -63,7 +88,9 @@ std::vector<double> Harness::reference_over(std::span<const AttendedRange> range
         double dot = 0.0;
         for (std::uint32_t e = 0; e < shape.head_dim; ++e) {
           dot += double{queries_[std::size_t{row} * shape.head_dim + e]} *
-                 content_.key(last_layer_, kv_head, position, branch().versions[position], e);
+                 (range.kept_keys ? kept_key(kv_head, position, e)
+                                  : content_.key(last_layer_, kv_head, position,
+                                                 branch().versions[position], e));
         }
         double logit = dot * options_.softmax.scale;
         if (options_.softmax.logit_cap > 0) {
