@@ -186,7 +186,7 @@ class Harness {
   Status ask(std::uint32_t layer, std::uint32_t budget, std::uint32_t query_count,
              QuerySelection selection);
   std::vector<double> reference_over(std::span<const AttendedRange> ranges) const;
-  float kept_key(std::uint32_t head, std::uint32_t position, std::uint32_t element) const;
+  std::vector<float> kept_run(std::uint32_t head, std::uint32_t run) const;
   void make_rows(std::uint32_t layer, std::uint32_t first, std::uint32_t count);
 
   HarnessOptions setup_;
