@@ -83,7 +83,7 @@ class TileCursor {
     const std::uint32_t take = std::min(range_->tokens - skip_, want - tile.tokens);
     const std::uint32_t token = range_->first_token + skip_;
     const auto* key =
-        reinterpret_cast<const T*>(range_->block + layout_.key_offset(chunk.head, token));
+        reinterpret_cast<const T*>(range_->keys_begin() + layout_.key_offset(chunk.head, token));
     const auto* value =
         reinterpret_cast<const T*>(range_->block + layout_.value_offset(chunk.head, token));
     prefetch_line(key);

@@ -84,7 +84,7 @@ class TileReader {
       for (; used_ < range.tokens && tile.tokens < kTile; ++used_) {
         const std::uint32_t token = range.first_token + used_;
         const std::uint32_t position = range.position + used_;
-        tile.keys[tile.tokens] = range.block + layout_.key_offset(head_, token);
+        tile.keys[tile.tokens] = range.keys_begin() + layout_.key_offset(head_, token);
         tile.values[tile.tokens] = range.block + layout_.value_offset(head_, token);
         tile.positions[tile.tokens++] = position;
         tile.first_position = std::min(tile.first_position, position);

@@ -21,6 +21,11 @@ struct BlockRange {
   std::uint32_t tokens = 0;
   /// Position in the sequence of `first_token`; read only where causality may cut the range.
   std::uint32_t position = 0;
+  /// Where the keys are instead, laid out as in a block; null: in the block. The block's own are
+  /// then not read, so that a block of which only the values are there can be attended.
+  const std::byte* keys = nullptr;
+
+  const std::byte* keys_begin() const { return keys != nullptr ? keys : block; }
 };
 
 /// Rows of keys or values in ordinary storage: row i starts at `data + i * stride_bytes`.

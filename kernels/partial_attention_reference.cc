@@ -23,7 +23,7 @@ std::vector<Token> list_tokens(const BlockLayout& layout, const AttentionTask& t
   for (const BlockRange& range : task.blocks) {
     for (std::uint32_t i = 0; i < range.tokens; ++i) {
       const std::uint32_t token = range.first_token + i;
-      tokens.push_back({range.block + layout.key_offset(head, token),
+      tokens.push_back({range.keys_begin() + layout.key_offset(head, token),
                         range.block + layout.value_offset(head, token), range.position + i});
     }
   }

@@ -61,8 +61,14 @@ Status check_codes(const KeyCodes& codes);
 void quantise_run(const KeyCodes& codes, const RowsView& keys, std::uint32_t skip,
                   CodeLine* target);
 
-/// The key that a code stands for: [dim]. For tests, and for attention that reads keys from codes.
+/// The key that a code stands for: [dim]. For tests; `read_coded_keys` is for attention.
 void read_coded_key(const KeyCodes& codes, const CodeLine* run, std::uint32_t token, float* target);
+
+/// The same of tokens [first, first + count) of a run, rounded to nearest in the keys' own type:
+/// token i at `target + i * stride_bytes`, aligned as the type. The same bytes on every instruction
+/// set, but for float32 keys, which may differ by a rounding. Allocates nothing.
+void read_coded_keys(const KeyCodes& codes, const CodeLine* run, std::uint32_t first,
+                     std::uint32_t count, std::byte* target, std::size_t stride_bytes);
 
 /// Scores the tokens of consecutive runs of one KV head.
 struct CodedTask {

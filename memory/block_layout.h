@@ -61,6 +61,9 @@ class BlockLayout {
   std::size_t payload_bytes() const { return payload_bytes_; }
   std::size_t block_bytes() const { return block_bytes_; }
 
+  /// Bytes of a block's keys, which come first; its values are the rest of the payload.
+  std::size_t key_bytes() const { return values_offset_; }
+
   /// Offsets inside a block. `head` counts within the block.
   std::size_t key_offset(std::uint32_t head, std::uint32_t token) const {
     return (std::size_t{head} * shape_.tokens_per_block + token) * key_row_bytes();

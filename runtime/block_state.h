@@ -56,6 +56,14 @@ enum class ResidencyEvent : unsigned char {
 };
 inline constexpr int kResidencyEventCount = 8;
 
+/// What of a block is meant. On the device a block may have its values alone, where a selector
+/// keeps keys of its own; its home always has all of it.
+enum class BlockPart : unsigned char {
+  kWhole,
+  kValues,
+  kKeys,
+};
+
 const char* to_string(HomeState state);
 const char* to_string(HomeEvent event);
 const char* to_string(ResidencyState state);

@@ -85,6 +85,14 @@ class BlockTable {
   Generation generation(BlockId id) const { return generations_[id.value]; }
   void set_generation(BlockId id, Generation generation) { generations_[id.value] = generation; }
 
+  /// Checksums of the values alone, where blocks are moved so and the move is verified: of each
+  /// sealed block, seeded like that of the whole. In memory and not in the extent's header: what
+  /// comes from disk comes whole, and is verified whole. 8 bytes a block, kept once asked for.
+  void keep_values_checksums() { values_checksums_.resize(generations_.size()); }
+  bool keeps_values_checksums() const { return !values_checksums_.empty(); }
+  std::uint64_t values_checksum(BlockId id) const { return values_checksums_.at(id.value); }
+  void set_values_checksum(BlockId id, std::uint64_t sum) { values_checksums_.at(id.value) = sum; }
+
   // --- Host frames.
 
   std::uint32_t frames() const { return frames_.capacity(); }
@@ -163,6 +171,7 @@ class BlockTable {
   std::vector<Extent> rows_;
   std::vector<std::uint32_t> free_rows_;
   std::vector<Generation> generations_;
+  std::vector<std::uint64_t> values_checksums_;
   SlotPool frames_;
   std::unique_ptr<EvictionPolicy> policy_;
   std::vector<std::uint16_t> held_;

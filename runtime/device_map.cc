@@ -58,17 +58,30 @@ void DeviceMap::vacate(SlotId slot) {
   end_guess(slots_[slot.value], false);
   slot_of_block_[slots_[slot.value].block.value] = SlotId{};
   slots_[slot.value].block = BlockId{};
+  slots_[slot.value].whole = true;
   held_[slot.value] = 0;
   pool_.release(slot.value);
 }
 
 std::optional<SlotId> DeviceMap::open(BlockId id) { return take(id, ResidencyEvent::kOpen); }
 
-std::optional<SlotId> DeviceMap::reserve(BlockId id) { return take(id, ResidencyEvent::kReserve); }
+std::optional<SlotId> DeviceMap::reserve(BlockId id, BlockPart part) {
+  KVTIER_CHECK(part != BlockPart::kKeys, "a slot for the keys of block {} alone", id.value);
+  const std::optional<SlotId> slot = take(id, ResidencyEvent::kReserve);
+  if (slot) slots_[slot->value].whole = part == BlockPart::kWhole;
+  return slot;
+}
 
 void DeviceMap::arrive(SlotId slot, Admission why) {
   advance(slot, ResidencyEvent::kArrive);
   policy_->admit(slot.value, slots_[slot.value].block.value, why);
+}
+
+void DeviceMap::complete(SlotId slot) {
+  KVTIER_CHECK(slots_[slot.value].state == ResidencyState::kResident && !is_whole(slot),
+               "slot {} is '{}' and wants no keys", slot.value,
+               to_string(slots_[slot.value].state));
+  slots_[slot.value].whole = true;
 }
 
 void DeviceMap::fail(SlotId slot) {
@@ -83,6 +96,7 @@ void DeviceMap::seal(SlotId slot) {
 }
 
 void DeviceMap::reopen(SlotId slot) {
+  KVTIER_CHECK(is_whole(slot), "slot {} is reopened without its keys", slot.value);
   hold(slot);
   advance(slot, ResidencyEvent::kReopen);
   policy_->remove(slot.value);

@@ -37,16 +37,25 @@ class DeviceMap {
   ResidencyState state(BlockId id) const;
   BlockId block_in(SlotId slot) const { return slots_[slot.value].block; }
   std::byte* address(SlotId slot) const { return pool_.address(slot.value); }
+  /// Whether keys and values are there, or will be once they arrive; otherwise values alone.
+  bool is_whole(SlotId slot) const { return slots_[slot.value].whole; }
+  /// Whether all of the block can be read here.
+  bool has_whole(BlockId id) const {
+    return state(id) == ResidencyState::kResident && is_whole(find(id));
+  }
 
   /// Slots that are free, or hold a resident block that nobody holds on to.
   std::uint32_t available() const { return pool_.free() + evictable_; }
 
   /// Takes a slot for an absent block, evicting if need be; held once until `unhold`. None when
-  /// every slot is held. `open` makes the tail of a sequence, `reserve` a block that will arrive.
+  /// every slot is held. `open` makes the tail of a sequence, `reserve` a block that will arrive,
+  /// whole or its values alone.
   std::optional<SlotId> open(BlockId id);
-  std::optional<SlotId> reserve(BlockId id);
+  std::optional<SlotId> reserve(BlockId id, BlockPart part = BlockPart::kWhole);
   /// The reserved bytes are in: readable from now on.
   void arrive(SlotId slot, Admission why = Admission::kUsed);
+  /// The keys of a resident block that had its values alone are in as well.
+  void complete(SlotId slot);
   /// The reserved bytes did not come: the slot is free again, whatever held it.
   void fail(SlotId slot);
   /// The open tail is full: readable and immutable.
@@ -80,6 +89,7 @@ class DeviceMap {
     ResidencyState state = ResidencyState::kAbsent;
     bool is_guess = false;
     GuessSource source = GuessSource::kPreviousSet;
+    bool whole = true;
   };
 
   std::optional<SlotId> take(BlockId id, ResidencyEvent event);

@@ -1,4 +1,3 @@
-#include "kernels/checksum.h"
 #include "memory/check.h"
 #include "runtime/host_tier.h"
 
@@ -56,26 +55,25 @@ Status HostTier::adopt(ExtentId id) {
     table_.set_damaged(block, false);
   }
   extent.owner.origin = origin;
+  // The store has verified each block whole.
+  for (std::uint32_t place = 0; place < layout_.blocks_per_extent(); ++place) {
+    const BlockId block = layout_.block_id(id, place);
+    if (!table_.keeps_values_checksums()) break;
+    table_.set_values_checksum(block, sum_values(block, table_.block_bytes(block).data()));
+  }
   extent.sealed = layout_.blocks_per_extent();
   return complete(id);
 }
 
 void HostTier::copy_blocks(ExtentId source, ExtentId target, std::uint32_t blocks,
                            Generation generation) {
-  ExtentHeader header = table_.header(target);
   for (std::uint32_t place = 0; place < blocks; ++place) {
     const BlockId block = layout_.block_id(target, place);
     std::byte* bytes = table_.block_bytes(block).data();
     table_.set_generation(block, generation);
     const bool intact = copy_block(layout_.block_id(source, place), bytes);
     table_.set_damaged(block, !intact);
-    if (!intact) continue;
-    const BlockIdentity identity = table_.identity(block);
-    header.set_entry(place, {.identity = identity,
-                             .generation = generation,
-                             .length_bytes = static_cast<std::uint32_t>(layout_.payload_bytes()),
-                             .checksum = block_checksum({bytes, layout_.payload_bytes()}, identity,
-                                                        generation)});
+    if (intact) set_checksums(block, bytes);
   }
   table_.row(target).sealed = blocks;
 }
@@ -88,7 +86,7 @@ bool HostTier::copy_block(BlockId source, std::byte* target) {
     if (check(source, target).ok) return true;
     ++counters_.verification.mismatched;
   }
-  if (map_.state(source) != ResidencyState::kResident) return false;
+  if (!map_.has_whole(source)) return false;
   const CopySpan span{
       .source = map_.address(map_.find(source)), .target = target, .bytes = layout_.block_bytes()};
   for (int attempt = 0; attempt < kCopyAttempts; ++attempt) {

@@ -1,6 +1,5 @@
 #include "runtime/host_tier.h"
 
-#include "kernels/checksum.h"
 #include "memory/check.h"
 
 #include <algorithm>
@@ -130,15 +129,7 @@ Status HostTier::write_through(BlockId id, SlotId slot) {
     if (!settled.ok()) table_.set_damaged(id, true);
     KVTIER_RETURN_IF_ERROR(settled);
   }
-  const std::span<const std::byte> payload(map_.address(slot), layout_.payload_bytes());
-  const BlockIdentity identity = table_.identity(id);
-  const Generation generation = table_.generation(id);
-  ExtentHeader header = table_.header(layout_.extent_of(id));
-  header.set_entry(layout_.place_of(id),
-                   {.identity = identity,
-                    .generation = generation,
-                    .length_bytes = static_cast<std::uint32_t>(layout_.payload_bytes()),
-                    .checksum = block_checksum(payload, identity, generation)});
+  set_checksums(id, map_.address(slot));
   table_.set_damaged(id, false);
   map_.hold(slot);
   seals_.push_back({id, slot});
@@ -264,17 +255,6 @@ Status HostTier::start_read(ExtentId id, Priority priority, Admission why) {
   return submitted;
 }
 
-BlockCheck HostTier::check(BlockId id, const std::byte* bytes) const {
-  if (verify_ == VerifyMode::kNone) return {};
-  const ExtentEntry entry = table_.header(layout_.extent_of(id)).entry(layout_.place_of(id));
-  BlockCheck checked;
-  checked.expected = entry.checksum;
-  checked.found =
-      block_checksum({bytes, layout_.payload_bytes()}, table_.identity(id), table_.generation(id));
-  checked.ok = checked.expected == checked.found && entry.length_bytes == layout_.payload_bytes();
-  return checked;
-}
-
 Status HostTier::verify_arrival(ExtentId id) {
   if (verify_ == VerifyMode::kNone) return {};
   const Extent& extent = table_.row(id);
@@ -298,7 +278,7 @@ Status HostTier::verify_arrival(ExtentId id) {
 // A damaged block that the device still has is copied back from there: the one case in which a
 // cache outlives its home.
 void HostTier::repair_from_device(BlockId id) {
-  if (map_.state(id) != ResidencyState::kResident) return;
+  if (!map_.has_whole(id)) return;
   const std::byte* copy = map_.address(map_.find(id));
   if (!check(id, copy).ok) return;
   const CopySpan span{
@@ -363,29 +343,6 @@ void HostTier::give_up(ExtentId id, std::span<const BlockId> wanted, const Statu
   }
   table_.advance(id, HomeEvent::kReadFailed);
   table_.lose_frame(id);
-}
-
-BlockFailure HostTier::describe(BlockId id, Tier tier, StatusCode code, const BlockCheck& check,
-                                std::string_view reason) const {
-  const BlockIdentity identity = table_.identity(id);
-  const Generation generation = table_.generation(id);
-  BlockFailure failure{.tier = tier,
-                       .identity = identity,
-                       .generation = generation,
-                       .code = code,
-                       .checksum_expected = check.expected,
-                       .checksum_found = check.found,
-                       .message = {}};
-  // An I/O error or a foreign header leaves no checksum to compare.
-  const std::string checksums =
-      check.ok
-          ? ""
-          : fmt::format("checksum expected {:016x}, found {:016x}: ", check.expected, check.found);
-  failure.message = fmt::format(
-      "{}: block {} of layer index {}, head group {}, generation {}, origin {:016x}{:016x}: {}{}",
-      to_string(tier), identity.index.value, identity.layer.value, identity.head_group.value,
-      generation.value, identity.origin.high, identity.origin.low, checksums, reason);
-  return failure;
 }
 
 }  // namespace kvtier

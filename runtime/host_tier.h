@@ -112,6 +112,9 @@ class HostTier {
 
   /// Checks the copy of a block that stands at `bytes` against the header in its frame.
   BlockCheck check(BlockId id, const std::byte* bytes) const;
+  /// The same of the values of the block at `bytes` alone, of which only these are read; against
+  /// the checksum that was made of them when the block sealed. Needs `keep_values_checksums`.
+  BlockCheck check_values(BlockId id, const std::byte* bytes) const;
   BlockFailure describe(BlockId id, Tier tier, StatusCode code, const BlockCheck& check,
                         std::string_view reason) const;
 
@@ -144,6 +147,9 @@ class HostTier {
   /// Verifies header and blocks of what just arrived; marks the damaged ones.
   Status verify_arrival(ExtentId id);
   void repair_from_device(BlockId id);
+  std::uint64_t sum_values(BlockId id, const std::byte* bytes) const;
+  /// Of a block whose bytes are as they sealed: puts its checksums down.
+  void set_checksums(BlockId id, const std::byte* bytes);
   std::uint32_t count_damaged(std::span<const BlockId> wanted) const;
   void give_up(ExtentId id, std::span<const BlockId> wanted, const Status& status,
                std::vector<BlockFailure>& failures);

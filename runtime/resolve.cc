@@ -30,6 +30,7 @@ Status Sequence::resolve(const StepRequest& request, ResolvedBlocks* resolved) {
   s.failures.clear();
   SelectRequest question;
   Status status = s.plan_queries(request, 0, resolved->timing, question);
+  s.want_whole_blocks();
   if (status.ok()) status = s.hold_work(resolved->timing);
   resolved->failures = s.failures;
   if (!status.ok()) return status;

@@ -215,6 +215,8 @@ Status Runtime::State::make_parts() {
   KVTIER_ASSIGN_OR_RETURN(auto frame_policy, make_eviction_policy(options.eviction, frame_count));
   table = std::make_unique<BlockTable>(layout, frames.bytes(), static_cast<std::uint32_t>(places),
                                        std::move(frame_policy));
+  // Only then is a copy to the device checked.
+  if (options.verify == VerifyMode::kAll) table->keep_values_checksums();
   const std::uint64_t blocks = (frame_count + places) * layout.blocks_per_extent();
   map = std::make_unique<DeviceMap>(layout, slab.bytes(), blocks, std::move(slot_policy));
   host = std::make_unique<HostTier>(HostTier::Parts{

@@ -85,6 +85,8 @@ struct AttendedRange {
   std::uint32_t tokens = 0;
   static constexpr std::uint32_t kEveryQuery = 0xFFFFFFFF;
   std::uint32_t query = kEveryQuery;  ///< Which of the step's queries attended it.
+  /// With the keys that the selector keeps of it, instead of the block's own.
+  bool kept_keys = false;
 };
 
 /// What a step did. Views into the sequence, valid until its next call.
@@ -261,9 +263,11 @@ class Sequence {
 
   /// Selects, resolves, fetches and attends: `request.out` and `request.lse` hold exact attention
   /// over the attended tokens, and, in the query heads where that has been measured to bring it
-  /// nearer to exact attention over everything, the selector's estimate of the rest. Residency
-  /// changes only here and in `append`, as a function of the calls. Waits for bytes that are on
-  /// their way.
+  /// nearer to exact attention over everything, the selector's estimate of the rest. Where the
+  /// selector keeps the keys of what it chooses (`scan(fetch=values)`), these are attended instead
+  /// of the blocks' own and values alone are fetched; a block that is on the device whole is used
+  /// whole, unless the runtime is `deterministic`. Residency changes only here and in `append`, as
+  /// a function of the calls. Waits for bytes that are on their way.
   ///
   /// `corrupt` or `io_error` when a wanted block could not be had from any tier: `report->failures`
   /// names each one, out and lse are NaN, and the sequence goes on. `invalid_argument`: a query
@@ -289,7 +293,8 @@ class Sequence {
 
   /// What `step` would attend, brought to the device and held there for an engine that attends it
   /// by itself: selects, resolves and fetches by the same plan, counts as a step and looks ahead
-  /// like one. `out` and `lse` are not used; nothing is estimated. The open tail block is among
+  /// like one. `out` and `lse` are not used; nothing is estimated; blocks come whole, whatever keys
+  /// the selector keeps, since the engine reads keys in their slots. The open tail block is among
   /// the ranges; causality among several queries is the engine's.
   ///
   /// `no_space` names the bytes when the selection does not fit beside what is held on the device;

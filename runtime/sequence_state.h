@@ -42,13 +42,17 @@ struct WorkItem {
   std::uint32_t first_token = 0;
   std::uint32_t tokens = 0;
   bool held = false;  ///< Its slot is, by the wave under way.
+  /// Its keys may be those that the selector keeps: its values are all that must be there.
+  bool kept_keys = false;
+  std::uint32_t range = 0;  ///< Of a step: its place in `attended`.
 };
 
 /// What a sequence owns. Private to runtime/; the behaviour is in sequence.cc (tokens come),
 /// truncate.cc (they are taken back), fork.cc (two sequences share them), saved_prefix.cc (they
 /// outlive the process), step.cc (a step is
-/// planned and concluded), predict.cc (what comes next is guessed), waves.cc (its blocks are fetched and attended) and rest.cc (what is not
-/// attended is estimated).
+/// planned and concluded), predict.cc (what comes next is guessed), waves.cc (its blocks are fetched
+/// and attended), kept_keys.cc (keys that the selector keeps stand for those of blocks) and rest.cc
+/// (what is not attended is estimated).
 struct Sequence::State {
   Runtime::State& runtime;
   SequenceId id;
@@ -97,6 +101,8 @@ struct Sequence::State {
   std::vector<std::uint32_t> query_positions;
   std::vector<BlockId> wanted;
   std::vector<WorkItem> work_missing;
+  std::vector<WantedKeys> wanted_keys;
+  std::vector<std::byte> kept_keys;  ///< [wanted keys of a wave, keys of a block]
   std::vector<ResolvedRange> resolved_ranges;
   std::vector<std::uint32_t> resolved_begins;
   // Of a step whose selector estimates the rest; see rest.cc.
@@ -211,7 +217,8 @@ struct Sequence::State {
   Status step_queries(const StepRequest& request, std::uint32_t first_query, StepTiming& timing);
   Status refuse(const StepRequest& request, StepReport* report, const Status& status);
   void plan_work(const StepRequest& request);
-  void add_tokens(const Stream& stream, std::uint32_t begin, std::uint32_t end);
+  void add_tokens(const Stream& stream, std::uint32_t begin, std::uint32_t end,
+                  bool kept_keys = false);
   void append_group_work(Stream& stream, const GroupSelection& selection,
                          std::uint32_t window_begin);
   void hold_after_step(LayerIndex layer);
@@ -239,6 +246,13 @@ struct Sequence::State {
   void measure_rest(const StepRequest& request);
   void plan_complement(const StepRequest& request);
   float thin_out(std::size_t first, std::uint32_t turn);
+
+  // kept_keys.cc
+  bool is_ready(const WorkItem& item) const;
+  bool attends_kept_keys(const WorkItem& item) const;
+  void want_blocks_one_way(std::size_t first);
+  void want_whole_blocks();
+  void read_kept_keys(LayerIndex layer, std::uint32_t begin, std::uint32_t end);
 
   // waves.cc
   Status run_waves(const StepRequest& request, StepTiming& timing);

@@ -169,7 +169,8 @@ void Sequence::State::plan_work(const StepRequest& request) {
   }
   const std::uint32_t query =
       request.selection == QuerySelection::kShared ? AttendedRange::kEveryQuery : pass.first_query;
-  for (const WorkItem& item : work) {
+  for (WorkItem& item : work) {
+    item.range = static_cast<std::uint32_t>(attended.size());
     attended.push_back({.head_group = item.head_group,
                         .block = item.index,
                         .first_token = item.first_token,
@@ -184,7 +185,8 @@ void Sequence::State::plan_work(const StepRequest& request) {
 }
 
 // Tokens [begin, end) of one head group, block by block.
-void Sequence::State::add_tokens(const Stream& stream, std::uint32_t begin, std::uint32_t end) {
+void Sequence::State::add_tokens(const Stream& stream, std::uint32_t begin, std::uint32_t end,
+                                 bool kept_keys) {
   const std::uint32_t tokens_per_block = runtime.layout.tokens_per_block();
   while (begin < end) {
     const BlockIndex index{begin / tokens_per_block};
@@ -193,22 +195,24 @@ void Sequence::State::add_tokens(const Stream& stream, std::uint32_t begin, std:
                     .head_group = stream.head_group,
                     .index = index,
                     .first_token = begin % tokens_per_block,
-                    .tokens = stop - begin});
+                    .tokens = stop - begin,
+                    .kept_keys = kept_keys});
     begin = stop;
   }
 }
 
 // Sinks, selected units and window of one head group, in order of position; ranges of one block
-// that touch become one.
+// that touch become one. What is in sinks or window, or in one block with it, is attended whole.
 void Sequence::State::append_group_work(Stream& stream, const GroupSelection& selection,
                                         std::uint32_t window_begin) {
   const std::size_t first = work.size();
+  const bool kept_keys = selectors[stream.layer.value]->keeps_keys();
   const std::uint32_t sinks = std::min(runtime.options.sinks, pass.end);
   add_tokens(stream, 0, sinks);
   for (std::uint32_t i = 0; i < selection.chosen; ++i) {
     const SelectedUnit& unit = selection.ranked[i];
     const std::uint32_t begin = runtime.layout.first_token(unit.block) + unit.first_token;
-    add_tokens(stream, begin, begin + unit.tokens);
+    add_tokens(stream, begin, begin + unit.tokens, kept_keys);
   }
   add_tokens(stream, std::max(sinks, window_begin), pass.end);
   std::sort(work.begin() + static_cast<std::ptrdiff_t>(first), work.end(),
@@ -221,11 +225,13 @@ void Sequence::State::append_group_work(Stream& stream, const GroupSelection& se
     if (work[i].index == previous.index &&
         work[i].first_token == previous.first_token + previous.tokens) {
       previous.tokens += work[i].tokens;
+      previous.kept_keys = previous.kept_keys && work[i].kept_keys;
     } else {
       work[++last] = work[i];
     }
   }
   if (work.size() > first) work.resize(last + 1);
+  if (kept_keys) want_blocks_one_way(first);
 }
 
 // --- After the step: what stays.
@@ -245,7 +251,7 @@ void Sequence::State::hold_after_step(LayerIndex layer) {
     for (std::uint32_t i = 0; i < std::min(selection.held, selection.chosen); ++i) {
       const BlockIndex index = selection.ranked[i].block;
       const BlockId block = block_id(stream, index);
-      if (runtime.map->state(block) != ResidencyState::kResident) continue;
+      if (!runtime.map->has_whole(block)) continue;
       if (runtime.map->available() <= floor) break;
       if (runtime.outliers_held >= runtime.outliers_held_max) break;
       runtime.map->hold(runtime.map->find(block));
@@ -259,7 +265,7 @@ void Sequence::State::hold_after_step(LayerIndex layer) {
     while (stream.held_begin > first) {
       const BlockIndex index{stream.held_begin - 1};
       const BlockId block = block_id(stream, index);
-      if (runtime.map->state(block) != ResidencyState::kResident) break;
+      if (!runtime.map->has_whole(block)) break;
       if (!is_held_by(stream, index)) runtime.map->hold(runtime.map->find(block));
       --stream.held_begin;
     }

@@ -117,11 +117,7 @@ void Sequence::State::copy_seen_again(const Stream& stream, BlockIndex index, Bl
 Status Sequence::State::prepare_block(BlockId block) {
   KVTIER_RETURN_IF_ERROR(
       prepare_extent(runtime.layout.extent_of(block), runtime.layout.place_of(block)));
-  if (runtime.map->find(block).is_none()) {
-    KVTIER_RETURN_IF_ERROR(bring_up(block));
-  } else {
-    runtime.map->hold(runtime.map->find(block));
-  }
+  KVTIER_RETURN_IF_ERROR(bring_up(block));
   cut_slots.push_back(runtime.map->find(block));
   return {};
 }
@@ -197,17 +193,25 @@ Status Sequence::State::bring_home(ExtentId extent, std::uint32_t first_cut) {
                               runtime.table->disk_offset(extent)));
 }
 
-// Has the block, whose extent is in a frame, on the device, held.
+// Has the block, whose extent is in a frame, whole on the device, held.
 Status Sequence::State::bring_up(BlockId block) {
-  const std::optional<SlotId> slot = runtime.map->reserve(block);
-  if (!slot) return no_space("no device slot is left for the block that a truncation cuts");
+  Miss miss{block, runtime.map->find(block), BlockPart::kKeys};
+  if (miss.slot.is_none()) {
+    const std::optional<SlotId> slot = runtime.map->reserve(block);
+    if (!slot) return no_space("no device slot is left for the block that a truncation cuts");
+    miss = {block, *slot, BlockPart::kWhole};
+  } else {
+    runtime.map->hold(miss.slot);
+    if (runtime.map->is_whole(miss.slot)) return {};
+  }
   failures.clear();
   WaveFetch& fetch = *runtime.waves[0];
   fetch.admit_as(Admission::kUsed);
-  (void)fetch.add({block, *slot});
+  (void)fetch.add(miss);
   fetch.begin();
   fetch.finish(failures);
   if (failures.empty()) return {};
+  if (miss.part == BlockPart::kKeys) runtime.map->unhold(miss.slot);
   return {failures.front().code, failures.front().message};
 }
 

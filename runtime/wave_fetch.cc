@@ -70,9 +70,12 @@ void WaveFetch::add_span(std::uint32_t miss) {
   // Damage that could not be read over stays behind: `finish` refuses misses without a span.
   const Miss& wanted = misses_[miss];
   if (table_.is_damaged(wanted.block)) return;
-  spans_.push_back({.source = table_.block_bytes(wanted.block).data(),
-                    .target = map_.address(wanted.slot),
-                    .bytes = layout_.block_bytes()});
+  const std::size_t begin = wanted.part == BlockPart::kValues ? layout_.key_bytes() : 0;
+  const std::size_t end =
+      wanted.part == BlockPart::kKeys ? layout_.key_bytes() : layout_.block_bytes();
+  spans_.push_back({.source = table_.block_bytes(wanted.block).data() + begin,
+                    .target = map_.address(wanted.slot) + begin,
+                    .bytes = end - begin});
   miss_of_span_.push_back(miss);
 }
 
@@ -152,7 +155,10 @@ void WaveFetch::finish(std::vector<BlockFailure>& failures) {
   }
   last_check_ = {};
   for (const Miss& miss : misses_) {
-    if (map_.state(miss.block) == ResidencyState::kArriving) refuse(miss, Tier::kHost, failures);
+    const bool missing = miss.part == BlockPart::kKeys
+                             ? !map_.is_whole(miss.slot)
+                             : map_.state(miss.block) == ResidencyState::kArriving;
+    if (missing) refuse(miss, Tier::kHost, failures);
   }
   for (ExtentId extent : held_frames_) {
     if (!table_.row(extent).frame.is_none()) table_.unhold_frame(extent);
@@ -178,20 +184,37 @@ void WaveFetch::finish_copy(std::uint32_t span, bool moved, std::vector<BlockFai
   if (!intact && read_again(miss.block, failures)) intact = copy_again(span);
   if (intact) {
     if (attempt > 1) ++counters_.verification.recovered;
-    map_.arrive(miss.slot, why_);
+    settle(miss);
     return;
   }
   if (failures.size() == failures_before) {
     refuse(miss, Tier::kHost, failures);
   } else {
-    map_.fail(miss.slot);
+    give_up(miss);
   }
+}
+
+void WaveFetch::settle(const Miss& miss) {
+  if (miss.part == BlockPart::kKeys) {
+    map_.complete(miss.slot);
+  } else {
+    map_.arrive(miss.slot, why_);
+  }
+}
+
+// Without its keys a block is what it was before they were wanted.
+void WaveFetch::give_up(const Miss& miss) {
+  if (miss.part != BlockPart::kKeys) map_.fail(miss.slot);
 }
 
 bool WaveFetch::is_intact(std::uint32_t span) {
   if (verify_ != VerifyMode::kAll) return true;
   ++counters_.verification.verified;
-  const BlockCheck checked = host_.check(misses_[miss_of_span_[span]].block, spans_[span].target);
+  const Miss& miss = misses_[miss_of_span_[span]];
+  const std::byte* arrived = map_.address(miss.slot);
+  const BlockCheck checked = miss.part == BlockPart::kValues
+                                 ? host_.check_values(miss.block, arrived)
+                                 : host_.check(miss.block, arrived);
   if (checked.ok) return true;
   ++counters_.verification.mismatched;
   last_check_ = checked;
@@ -230,7 +253,7 @@ void WaveFetch::refuse(const Miss& miss, Tier tier, std::vector<BlockFailure>& f
     failures.push_back(host_.describe(miss.block, tier, StatusCode::kCorrupt, checked,
                                       "no intact copy reached the device"));
   }
-  map_.fail(miss.slot);
+  give_up(miss);
 }
 
 }  // namespace kvtier

@@ -14,6 +14,8 @@ namespace kvtier {
 struct Miss {
   BlockId block;
   SlotId slot;
+  /// The keys alone are for a slot whose values are there and readable.
+  BlockPart part = BlockPart::kWhole;
 };
 
 /// Brings the missing blocks of one wave to the device: reads the extents that are on disk, copies
@@ -50,7 +52,10 @@ class WaveFetch {
   Tier add(const Miss& miss);
   /// Starts every read and copy.
   void begin();
-  /// Afterwards every added block is resident, or absent and named in `failures`.
+  /// Whether the last block added is this one.
+  bool ends_with(BlockId block) const { return !misses_.empty() && misses_.back().block == block; }
+  /// Afterwards every added block is resident, or absent (or as it was, where only its keys were
+  /// wanted) and named in `failures`.
   void finish(std::vector<BlockFailure>& failures);
 
  private:
@@ -76,6 +81,8 @@ class WaveFetch {
   void finish_reads(std::vector<BlockFailure>& failures);
   void finish_copy(std::uint32_t span, bool moved, std::vector<BlockFailure>& failures);
   bool is_intact(std::uint32_t span);
+  void settle(const Miss& miss);
+  void give_up(const Miss& miss);
   bool copy_again(std::uint32_t span);
   bool read_again(BlockId block, std::vector<BlockFailure>& failures);
   void refuse(const Miss& miss, Tier tier, std::vector<BlockFailure>& failures);

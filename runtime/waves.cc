@@ -109,10 +109,10 @@ std::uint32_t Sequence::State::put_hits_first() {
   work_missing.clear();
   std::size_t hits = 0;
   for (const WorkItem& item : work) {
-    if (runtime.map->find(item.block).is_none()) {
-      work_missing.push_back(item);
-    } else {
+    if (is_ready(item)) {
       work[hits++] = item;
+    } else {
+      work_missing.push_back(item);
     }
   }
   std::ranges::copy(work_missing, work.begin() + static_cast<std::ptrdiff_t>(hits));
@@ -169,7 +169,7 @@ bool Sequence::State::piece_fits(std::uint32_t begin, std::uint32_t end,
   for (std::uint32_t i = begin; i < end; ++i) {
     const SlotId slot = runtime.map->find(work[i].block);
     if (slot.is_none() || !runtime.map->is_held(slot)) ++slots;
-    if (!slot.is_none()) continue;
+    if (is_ready(work[i])) continue;
     const ExtentId extent = runtime.layout.extent_of(work[i].block);
     if (extent == last) continue;
     last = extent;
@@ -180,12 +180,13 @@ bool Sequence::State::piece_fits(std::uint32_t begin, std::uint32_t end,
 }
 
 // Holds what is resident, then reserves slots for what is not: in this order, so that no block of
-// the piece is the victim of another. A block can stand in a piece twice, with two ranges.
+// the piece is the victim of another. A block can stand in a piece twice, with two ranges, which
+// want the same of it. Where only keys are missing the block's slot takes them.
 void Sequence::State::take_piece(std::uint32_t begin, std::uint32_t end, WaveFetch& fetch) {
   for (WorkItem& item : std::span(work).subspan(begin, end - begin)) {
     const SlotId slot = runtime.map->find(item.block);
     if (slot.is_none()) continue;
-    if (purpose == Purpose::kStep) {
+    if (purpose == Purpose::kStep && is_ready(item)) {
       if (runtime.map->is_held(slot)) {
         ++runtime.held_hits;
       } else {
@@ -198,16 +199,18 @@ void Sequence::State::take_piece(std::uint32_t begin, std::uint32_t end, WaveFet
   }
   ExtentId demanded;
   for (WorkItem& item : std::span(work).subspan(begin, end - begin)) {
-    if (item.held) continue;
-    item.held = true;
     const SlotId present = runtime.map->find(item.block);
-    if (!present.is_none()) {
-      runtime.map->hold(present);
-      continue;
+    if (!present.is_none() && !item.held) runtime.map->hold(present);
+    item.held = true;
+    if (!present.is_none() && (is_ready(item) || fetch.ends_with(item.block))) continue;
+    Miss miss{item.block, present, BlockPart::kKeys};
+    if (present.is_none()) {
+      miss.part = item.kept_keys ? BlockPart::kValues : BlockPart::kWhole;
+      const std::optional<SlotId> slot = runtime.map->reserve(item.block, miss.part);
+      KVTIER_CHECK(slot.has_value(), "a slot was available and none is there");
+      miss.slot = *slot;
     }
-    const std::optional<SlotId> slot = runtime.map->reserve(item.block);
-    KVTIER_CHECK(slot.has_value(), "a slot was available and none is there");
-    const Tier tier = fetch.add({item.block, *slot});
+    const Tier tier = fetch.add(miss);
     if (purpose != Purpose::kStep) continue;
     ++runtime.hits[static_cast<std::size_t>(tier)];
     const ExtentId extent = runtime.layout.extent_of(item.block);
@@ -245,6 +248,7 @@ Status Sequence::State::attend_wave(const StepRequest& request, std::uint32_t be
                       .tokens = item.tokens,
                       .position = runtime.layout.first_token(item.index) + item.first_token});
   }
+  read_kept_keys(request.layer, begin, end);
   for (std::uint32_t first = begin; first < end;) {
     std::uint32_t last = first + 1;
     if (runtime.options.deterministic) {

@@ -29,8 +29,11 @@ class CodeSelector : public FarSelector {
     std::uint32_t value_tokens = 64;
     /// Whether the rest is estimated, and means of values are kept for it.
     bool tail = true;
+    /// Whether the keys of what is chosen are read from their codes: half the bytes move, and the
+    /// chosen tokens are weighed as coarsely as they were scored.
+    bool keys_from_codes = false;
 
-    /// `bits`, `values` and `tail` of a name; what is needed follows from them.
+    /// `bits`, `values`, `tail` and `fetch` of a name; what is needed follows from them.
     static Result<Options> parse(const SelectorParameters& parameters, SelectorNeeds& needs);
   };
 
@@ -41,6 +44,9 @@ class CodeSelector : public FarSelector {
   bool estimates_rest() const override { return values_.has_value(); }
   Status estimate_rest(const SelectRequest& request, std::span<const GroupSelection> selection,
                        StatesView target, WorkerPool& pool) override;
+
+  bool keeps_keys() const override { return keys_from_codes_; }
+  void read_keys(const WantedKeys& wanted) const override;
 
   void save(StateWriter& writer) const override;
   Status restore(StateReader& reader) override;
@@ -57,6 +63,7 @@ class CodeSelector : public FarSelector {
               std::span<GroupSelection> selection, WorkerPool& pool);
 
  private:
+  bool keys_from_codes_;
   CodedKeys keys_;
   std::optional<GroupRows> values_;
   CodedLogits logits_;

@@ -39,6 +39,26 @@ void CodedKeys::append(const NewTokens& tokens) {
   });
 }
 
+void CodedKeys::read(std::uint32_t head, std::uint32_t begin, std::uint32_t end, std::byte* target,
+                     std::size_t stride_bytes) const {
+  KVTIER_CHECK(begin <= end && end <= tokens(), "keys {} to {} of {}", begin, end, tokens());
+  for (std::uint32_t t = begin; t < end;) {
+    std::byte* at = target + (t - begin) * stride_bytes;
+    if (t >= sink_count() && t < coded_tokens()) {
+      const std::uint32_t run_begin = t / KeyCodes::kRunTokens * KeyCodes::kRunTokens;
+      const std::uint32_t stop = std::min(end, run_begin + KeyCodes::kRunTokens);
+      read_coded_keys(codes_, run(head, t / KeyCodes::kRunTokens), t - run_begin, stop - t, at,
+                      stride_bytes);
+      t = stop;
+      continue;
+    }
+    const std::byte* exact =
+        t < sink_count() ? sinks(head).row(t) : recent_.rows(head, t, t + 1).row(0);
+    std::memcpy(at, exact, recent_.row_bytes());
+    ++t;
+  }
+}
+
 RowsView CodedKeys::sinks(std::uint32_t head) const {
   return {sinks_.data() + sink_offset(head), sink_count(), codes_.dim, recent_.row_bytes(),
           codes_.dtype};

@@ -40,6 +40,11 @@ class CodedKeys {
   const CodeLine* run(std::uint32_t head, std::uint32_t index) const {
     return lines_.data() + line_offset(head, index);
   }
+  /// Keys of tokens [begin, end) of one head, token i of them at `target + i * stride_bytes`: exact
+  /// where they are kept so (sinks, the open run), what their codes stand for elsewhere.
+  void read(std::uint32_t head, std::uint32_t begin, std::uint32_t end, std::byte* target,
+            std::size_t stride_bytes) const;
+
   /// Exact keys: of the sinks that have come, and of tokens [coded_tokens(), end).
   RowsView sinks(std::uint32_t head) const;
   RowsView open(std::uint32_t head, std::uint32_t end) const {

@@ -39,6 +39,8 @@ class Decorated : public Selector {
                        StatesView target, WorkerPool& pool) override {
     return inner_->estimate_rest(request, selection, target, pool);
   }
+  bool keeps_keys() const override { return inner_->keeps_keys(); }
+  void read_keys(const WantedKeys& wanted) const override { inner_->read_keys(wanted); }
   float demand() const override { return inner_->demand(); }
   void save(StateWriter& writer) const override { inner_->save(writer); }
   Status restore(StateReader& reader) override { return inner_->restore(reader); }

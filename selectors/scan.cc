@@ -30,7 +30,7 @@ class Scan final : public CodeSelector {
 }  // namespace
 
 const SelectorFamily& scan_family() {
-  static constexpr std::string_view kParameters[] = {"bits", "values", "tail"};
+  static constexpr std::string_view kParameters[] = {"bits", "values", "tail", "fetch"};
   static const SelectorFamily kFamily = {
       .name = "scan",
       .summary = "every token on 4-bit keys, the rest estimated from the same scores",

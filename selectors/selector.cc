@@ -11,6 +11,10 @@ Status Selector::estimate_rest(const SelectRequest&, std::span<const GroupSelect
   return unsupported("this selector does not estimate what it leaves out");
 }
 
+void Selector::read_keys(const WantedKeys& wanted) const {
+  KVTIER_CHECK(false, "keys of block {} of a selector that keeps none", wanted.block.value);
+}
+
 void reorder_selectors(std::vector<std::unique_ptr<Selector>>& beams,
                        std::span<const std::uint32_t> parents) {
   std::vector<std::unique_ptr<Selector>> next(parents.size());

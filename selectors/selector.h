@@ -158,6 +158,17 @@ struct GroupSelection {
   float mass = 0.0f;
 };
 
+/// Keys of tokens of one block, and where they are wanted.
+struct WantedKeys {
+  std::uint32_t head_group = 0;
+  BlockIndex block;
+  std::uint32_t first_token = 0;  ///< Within the block.
+  std::uint32_t tokens = 0;
+  /// Laid out as the keys of a block: [heads_per_group, tokens_per_block, head_dim] in the shape's
+  /// type; rows of other tokens are left alone.
+  std::byte* target = nullptr;
+};
+
 /// Decides which blocks one layer of one sequence must attend. Decisions only: no I/O, no clock;
 /// the same calls give the same answers.
 ///
@@ -218,6 +229,15 @@ class Selector {
   virtual Status estimate_rest(const SelectRequest& request,
                                std::span<const GroupSelection> selection, StatesView target,
                                WorkerPool& pool);
+
+  /// Whether the keys of what is chosen are to be read from what is kept of them (`read_keys`), so
+  /// that of the chosen blocks only the values need to move.
+  virtual bool keeps_keys() const { return false; }
+
+  /// Writes the keys of tokens that were appended as they are kept: near the appended ones, and a
+  /// function of the tokens alone. Only of a selector that `keeps_keys`. Several threads may read
+  /// at once, into different targets.
+  virtual void read_keys(const WantedKeys& wanted) const;
 
   /// How much of a shared budget this layer would like, after the last `select`: relative to the
   /// other layers, larger is more; not a number for selectors that have no opinion.

@@ -374,7 +374,7 @@ Status make_two_stage(const SelectorRecipe& recipe, SelectorFactory& factory) {
 
 const SelectorFamily& two_stage_family() {
   static constexpr std::string_view kParameters[] = {"coarse", "means",  "tokens", "keep",
-                                                     "bits",   "values", "tail"};
+                                                     "bits",   "values", "tail",   "fetch"};
   static const SelectorFamily kFamily = {
       .name = "two-stage",
       .summary = "mean keys of two tokens in 2 bits leave four times the budget, 4-bit keys decide",

@@ -78,6 +78,28 @@ TEST(PartialAttention, AgreesWithTheReferenceOnEveryShapeTypeAndInstructionSet) 
   }
 }
 
+// Keys that lie elsewhere are read there, and those of the block are not.
+TEST(PartialAttention, KeysMayLieElsewhere) {
+  WorkerPool pool(2);
+  for (const AttentionShape& shape : shape_table()) {
+    const AttentionCase original(shape, DType::kF16, 9);
+    const AttentionResult expected = original.reference();
+    AttentionCase moved(shape, DType::kF16, 9);
+    const std::size_t bytes = moved.layout().value_offset(0, 0);
+    std::vector<std::vector<std::byte>> keys;
+    for (BlockRange& range : moved.ranges()) keys.emplace_back(range.block, range.block + bytes);
+    for (std::size_t i = 0; i < keys.size(); ++i) {
+      BlockRange& range = moved.ranges()[i];
+      range.keys = keys[i].data();
+      // Not a number in every element.
+      std::fill_n(const_cast<std::byte*>(range.block), bytes, std::byte{0xFF});
+    }
+    EXPECT_LE(largest_difference(moved.reference(), expected), 0.0) << shape.describe();
+    EXPECT_LE(largest_difference(moved.attend(pool), expected), moved.tolerance())
+        << shape.describe();
+  }
+}
+
 TEST(PartialAttention, ListsEveryInstructionSetOnce) {
   std::vector<std::string> names = simd_targets();
   ASSERT_FALSE(names.empty());

@@ -99,6 +99,36 @@ TEST(QuantisedKeys, KeepTheirStatedErrorOnEveryInstructionSet) {
   }
 }
 
+TEST(QuantisedKeys, ReadForAttentionTheyAreRoundedOnce) {
+  for (const std::string& target : simd_targets()) {
+    const ScopedSimdTarget use(target);
+    for (const KeyCodes& codes : all_codes()) {
+      Coded coded(codes, 2);
+      std::vector<float> key(codes.dim);
+      // Rows a little apart, and what lies between them stays as it is.
+      const std::size_t stride = coded.row_bytes + 8;
+      for (const auto& [first, count] : {std::pair{0u, 64u}, {13u, 8u}, {63u, 1u}, {64u, 0u}}) {
+        std::vector<std::byte> read(64 * stride, std::byte{0xA5});
+        std::vector<std::byte> expected = read;
+        read_coded_keys(codes, coded.run_lines(1), first, count, read.data(), stride);
+        for (std::uint32_t t = 0; t < count; ++t) {
+          read_coded_key(codes, coded.run_lines(1), first + t, key.data());
+          for (std::uint32_t i = 0; i < codes.dim; ++i) {
+            std::byte* row = expected.data() + t * stride;
+            store_element(row, codes.dtype, i, key[i]);
+            if (codes.dtype != DType::kF32) continue;
+            const float found = load_element(read.data() + t * stride, codes.dtype, i);
+            ASSERT_LE(std::abs(found - key[i]), 0x1p-22f * 40.0f) << target;
+            store_element(row, codes.dtype, i, found);
+          }
+        }
+        ASSERT_EQ(std::memcmp(read.data(), expected.data(), read.size()), 0)
+            << target << " " << codes.dim << " " << codes.bits << " " << first;
+      }
+    }
+  }
+}
+
 TEST(QuantisedKeys, KeysOnTheGridAreExact) {
   for (std::uint32_t bits : {4u, 2u}) {
     const KeyCodes codes{bits, 64, DType::kF16};

@@ -36,6 +36,24 @@ TEST(AttendedSets, JoinsNeighboursAndKeepsGaps) {
   EXPECT_EQ(count_tokens(sets.spans(0)), 11u);
 }
 
+TEST(AttendedSets, TellsWhatWasAttendedWithKeptKeys) {
+  AttendedSets sets;
+  Ranges ranges = {range(0, 0, 0, 2), range(0, 1, 1, 3), range(0, 2, 0, 2), range(0, 3, 0, 1),
+                   range(0, 4, 1, 3)};
+  EXPECT_FALSE(sets.has_kept());
+  ranges[1].kept_keys = ranges[2].kept_keys = ranges[3].kept_keys = true;
+  ASSERT_TRUE(sets.add(ranges, kLimits).ok());
+  EXPECT_TRUE(sets.has_kept());
+  // What is refused leaves nothing behind, of kept keys neither.
+  ranges[0].tokens = 1;
+  ASSERT_FALSE(sets.add(ranges, kLimits).ok());
+  ASSERT_EQ(sets.kept_spans(0).size(), 2u);
+  EXPECT_EQ(sets.kept_spans(0)[0].begin, 5u);
+  EXPECT_EQ(sets.kept_spans(0)[0].end, 10u);
+  EXPECT_EQ(sets.kept_spans(0)[1].begin, 12u);
+  EXPECT_TRUE(sets.kept_spans(1).empty());
+}
+
 TEST(AttendedSets, KeepsHeadGroupsAndStepsApart) {
   AttendedSets sets;
   AttendedLimits limits = kLimits;

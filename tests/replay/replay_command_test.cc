@@ -68,6 +68,25 @@ TEST(ReplayCommand, EverySelectorRunsOnTheShippedTrace) {
   }
 }
 
+// The output is that of the keys that the selector keeps, and verified to be; half the bytes move.
+TEST(ReplayCommand, ValuesAloneAreHalfTheBytesAndAStatedOutput) {
+  for (const std::string family : {"scan", "two-stage"}) {
+    const json result =
+        replay_json(shipped_trace(), {"--selector", family + "," + family + "(fetch=values)",
+                                      "--budget", "5%", "--only-layers", "21", "--estimate-rest",
+                                      "never", "--deterministic", "--look-ahead", "0"});
+    const json& both = result["runs"].at(0);
+    const json& values = result["runs"].at(1);
+    EXPECT_EQ(2 * values["bytes"]["host_to_device"].get<std::uint64_t>(),
+              both["bytes"]["host_to_device"].get<std::uint64_t>());
+    EXPECT_EQ(values["recall"], both["recall"]);
+    EXPECT_LE(values["attended_error"]["max"].get<double>(), 1e-4);
+    EXPECT_NE(values["output_error"]["mean"], both["output_error"]["mean"]);
+    EXPECT_NEAR(values["output_error"]["mean"].get<double>(),
+                both["output_error"]["mean"].get<double>(), 0.03);
+  }
+}
+
 class GeneratedReplay : public ::testing::Test {
  protected:
   void SetUp() override { write_trace(make_trace(replayable_trace()), trace_path()); }

@@ -149,7 +149,8 @@ class Harness {
   std::size_t sequences() const { return branches_.size(); }
   Sequence& sequence() { return *branches_[active_].sequence; }
 
-  /// Exact attention over what the last step attended, in float64, from contents.
+  /// Exact attention over what the last step attended, in float64, from contents; where the step
+  /// says that it attended kept keys, over what `scan` and `two-stage` keep of contents.
   std::vector<double> reference_out() const;
   /// Over every token that a query sees.
   std::vector<double> exact_reference() const;
@@ -185,6 +186,7 @@ class Harness {
   Status ask(std::uint32_t layer, std::uint32_t budget, std::uint32_t query_count,
              QuerySelection selection);
   std::vector<double> reference_over(std::span<const AttendedRange> ranges) const;
+  std::vector<float> kept_run(std::uint32_t head, std::uint32_t run) const;
   void make_rows(std::uint32_t layer, std::uint32_t first, std::uint32_t count);
 
   HarnessOptions setup_;

@@ -1,10 +1,12 @@
 #include "tests/runtime/harness.h"
 
+#include "kernels/quantised_keys.h"
 #include "memory/check.h"
 
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <map>
 #include <utility>
 
 // What the harness's steps should have answered: obvious loops in float64, from contents.
@@ -45,10 +47,46 @@ std::vector<double> Harness::exact_reference() const {
   return reference_over(all);
 }
 
+// Of the whole run of 64 tokens that a position lies in: as it stands where the run is open, as its
+// codes give it back where it is complete. [64, head_dim]
+std::vector<float> Harness::kept_run(std::uint32_t head, std::uint32_t run) const {
+  constexpr std::uint32_t kRun = KeyCodes::kRunTokens;
+  const std::uint32_t begin = run * kRun;
+  const std::uint32_t dim = setup_.block.head_dim;
+  std::vector<float> keys(std::size_t{kRun} * dim);
+  for (std::uint32_t t = 0; t < std::min(kRun, tokens() - begin); ++t) {
+    for (std::uint32_t e = 0; e < dim; ++e) {
+      keys[t * dim + e] =
+          content_.key(last_layer_, head, begin + t, branch().versions[begin + t], e);
+    }
+  }
+  if (begin + kRun > tokens()) return keys;
+  const std::uint32_t sinks = std::min(kRun, setup_.sinks - std::min(setup_.sinks, begin));
+  const KeyCodes codes{.bits = setup_.selector.find("bits=2") == std::string::npos ? 4u : 2u,
+                       .dim = dim,
+                       .dtype = DType::kF32};
+  std::vector<CodeLine> lines(codes.run_lines());
+  quantise_run(codes,
+               {reinterpret_cast<const std::byte*>(keys.data()), kRun, dim, dim * sizeof(float),
+                DType::kF32},
+               sinks, lines.data());
+  for (std::uint32_t t = sinks; t < kRun; ++t) {
+    read_coded_key(codes, lines.data(), t, keys.data() + t * dim);
+  }
+  return keys;
+}
+
 std::vector<double> Harness::reference_over(std::span<const AttendedRange> ranges) const {
   const BlockShape& shape = setup_.block;
   const std::uint32_t heads = options_.query_heads;
   std::vector<double> out(out_.size(), 0.0);
+  std::map<std::pair<std::uint32_t, std::uint32_t>, std::vector<float>> runs;
+  const auto kept = [&](std::uint32_t head, std::uint32_t position) {
+    const std::uint32_t run = position / KeyCodes::kRunTokens;
+    std::vector<float>& keys = runs[{head, run}];
+    if (keys.empty()) keys = kept_run(head, run);
+    return keys.data() + position % KeyCodes::kRunTokens * std::size_t{shape.head_dim};
+  };
   for (std::uint32_t row = 0; row < last_query_count_ * heads; ++row) {
     const std::uint32_t query = row / heads;
     const std::uint32_t kv_head = row % heads / setup_.queries_per_kv_head;
@@ -63,7 +101,9 @@ std::vector<double> Harness::reference_over(std::span<const AttendedRange> range
         double dot = 0.0;
         for (std::uint32_t e = 0; e < shape.head_dim; ++e) {
           dot += double{queries_[std::size_t{row} * shape.head_dim + e]} *
-                 content_.key(last_layer_, kv_head, position, branch().versions[position], e);
+                 (range.kept_keys ? double{kept(kv_head, position)[e]}
+                                  : double{content_.key(last_layer_, kv_head, position,
+                                                        branch().versions[position], e)});
         }
         double logit = dot * options_.softmax.scale;
         if (options_.softmax.logit_cap > 0) {

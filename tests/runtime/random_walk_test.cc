@@ -33,8 +33,9 @@ HarnessOptions random_options(std::uint32_t seed, std::mt19937& random, const Se
   options.queries_per_kv_head = 1 + random() % 4;
   options.selector =
       pick({"random", "oracle", "recency", "mean(tokens=4)", "mean(tokens=8,outliers=0.5)",
-            "mean(tokens=3,outliers=0)", "scan", "two-stage(tokens=4)",
-            "cluster(tokens=4,segment=32,estimate=on)", "oracle(granularity=token)"},
+            "mean(tokens=3,outliers=0)", "scan", "two-stage(tokens=4)", "scan(fetch=values)",
+            "two-stage(tokens=8,fetch=values)", "cluster(tokens=4,segment=32,estimate=on)",
+            "oracle(granularity=token)"},
            random);
   options.tokens_max = 200 + random() % 500;
   options.sinks = random() % 3 == 0 ? 0 : random() % 20;

@@ -74,7 +74,7 @@ const PrefixScope kScope{.model = "a model", .tenant_salt = "a tenant"};
 
 TEST_F(PrefixTest, ALaterProcessAnswersBitForBit) {
   for (const char* selector :
-       {"scan", "mean(tokens=4)", "minmax(tokens=8)", "cluster", "recency"}) {
+       {"scan", "scan(fetch=values)", "mean(tokens=4)", "minmax(tokens=8)", "cluster", "recency"}) {
     SCOPED_TRACE(selector);
     std::filesystem::remove_all(path_);
     const auto ids = made_up_ids(700);

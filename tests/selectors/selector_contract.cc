@@ -52,6 +52,7 @@ std::vector<std::string> contract_names() {
                              "mean(tokens=8,outliers=1)",
                              "scan(bits=2,values=16)",
                              "scan(tail=off)",
+                             "scan(fetch=values)",
                              "two-stage(coarse=minmax,keep=2,tokens=8,bits=2,values=16)",
                              "two-stage(coarse=mean,tokens=24,tail=off)",
                              "chunk-tree(tokens=3,effort=0,merge=1)",

@@ -35,6 +35,12 @@ class AttendedSets {
   std::span<const TokenSpan> spans(std::size_t index) const {
     return std::span(spans_).subspan(ends_[index], ends_[index + 1] - ends_[index]);
   }
+  /// Those of them that were attended with keys that the selector keeps.
+  std::span<const TokenSpan> kept_spans(std::size_t index) const {
+    return std::span(kept_).subspan(kept_ends_[index], kept_ends_[index + 1] - kept_ends_[index]);
+  }
+  /// Whether any step attended such keys.
+  bool has_kept() const { return !kept_.empty(); }
   std::size_t size() const { return ends_.size() - 1; }
   /// XXH3-64 of all of it.
   std::uint64_t digest() const;
@@ -44,6 +50,8 @@ class AttendedSets {
 
   std::vector<TokenSpan> spans_;
   std::vector<std::size_t> ends_ = {0};
+  std::vector<TokenSpan> kept_;
+  std::vector<std::size_t> kept_ends_ = {0};
 };
 
 /// Tokens in ascending, disjoint spans.

@@ -143,6 +143,21 @@ bool ExactAttention::attend(std::uint32_t head, std::span<const TokenSpan> spans
                             std::span<float> out) const {
   double total = 0;
   for (const TokenSpan& span : spans) total += mass(head, span.begin, span.end);
+  return attend_total(head, spans, weights(head), total, out);
+}
+
+bool ExactAttention::attend_weighted(std::uint32_t head, std::span<const TokenSpan> spans,
+                                     std::span<const float> weights, std::span<float> out) const {
+  double total = 0;
+  for (const TokenSpan& span : spans) {
+    for (std::uint32_t t = span.begin; t < span.end; ++t) total += double{weights[t]};
+  }
+  return attend_total(head, spans, weights, total, out);
+}
+
+bool ExactAttention::attend_total(std::uint32_t head, std::span<const TokenSpan> spans,
+                                  std::span<const float> weights, double total,
+                                  std::span<float> out) const {
   if (!(total > kLeastMass)) return false;
   const double scale = 1.0 / (total * (1.0 + double{sink_weight(head, total)}));
   const std::uint32_t dim = static_cast<std::uint32_t>(out.size());
@@ -150,7 +165,7 @@ bool ExactAttention::attend(std::uint32_t head, std::span<const TokenSpan> spans
   for (std::uint32_t first = 0; first < dim; first += kLanes) {
     std::array<double, kLanes> sum{};
     for (const TokenSpan& span : spans) {
-      add_weighted(weights(head), values + first, dim, span, sum);
+      add_weighted(weights, values + first, dim, span, sum);
     }
     for (std::uint32_t i = 0; i < kLanes; ++i) out[first + i] = static_cast<float>(sum[i] * scale);
   }

@@ -38,15 +38,28 @@ class ExactAttention {
     return sums[end] - sums[begin];
   }
 
+  /// One query as the trace has it: [head_dim].
+  std::span<const float> query(std::uint32_t head) const {
+    return std::span(queries_).subspan(head * queries_.size() / lse_.size(),
+                                       queries_.size() / lse_.size());
+  }
+  /// Log of the sum that the weights of a query head are relative to.
+  float lse(std::uint32_t head) const { return lse_[head]; }
+
   /// Attention over the tokens of `spans` alone, from the weights: [value_dim]. False, and `out` is
   /// left alone, when their weights are too small to tell (next to nothing of the mass).
   bool attend(std::uint32_t head, std::span<const TokenSpan> spans, std::span<float> out) const;
+  /// The same with other weights, [visible] on the same scale.
+  bool attend_weighted(std::uint32_t head, std::span<const TokenSpan> spans,
+                       std::span<const float> weights, std::span<float> out) const;
   /// Attention over everything: the trace's own `out`, or in float64 where it has none.
   void exact_out(std::uint32_t head, std::span<float> out) const;
 
  private:
   std::uint32_t kv_head(std::uint32_t head) const { return head / queries_per_kv_head_; }
   float sink_weight(std::uint32_t head, double mass) const;
+  bool attend_total(std::uint32_t head, std::span<const TokenSpan> spans,
+                    std::span<const float> weights, double total, std::span<float> out) const;
   void load_rows(std::span<const std::byte> source, std::uint32_t dim, std::vector<float>& target);
   void exact_out_from_rows(std::uint32_t head, std::span<float> out) const;
 

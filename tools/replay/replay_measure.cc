@@ -1,6 +1,7 @@
 #include "tools/replay/replay_measure.h"
 
 #include "tools/replay/best_choice.h"
+#include "tools/replay/kept_keys.h"
 #include "tools/replay/quality_sums.h"
 
 #include <fmt/format.h>
@@ -43,6 +44,7 @@ class Measurement {
         pool_(pool),
         exact_(trace, pool),
         best_(shape),
+        kept_(trace, shape, runs),
         heads_(trace.manifest().model.query_heads),
         samples_(runs.size() * heads_),
         overall_(runs.size()),
@@ -52,8 +54,10 @@ class Measurement {
     const std::size_t steps = trace_.query_positions().size();
     for (std::size_t layer = 0; layer < trace_.layers().size(); ++layer) {
       exact_.move_to_layer(layer);
+      KVTIER_RETURN_IF_ERROR(kept_.move_to_layer(static_cast<std::uint32_t>(layer)));
       for (std::uint32_t step = 0; step < steps; ++step) {
         KVTIER_RETURN_IF_ERROR(exact_.move_to_step(step));
+        kept_.move_to_step(exact_.visible());
         measure_step(layer, step);
         progress.show("measuring", layer * steps + step, trace_.layers().size() * steps);
       }
@@ -124,19 +128,27 @@ class Measurement {
       sample.evidence_mass += exact_.mass(head, span.begin, end);
       sample.evidence_found += mass_within(exact_, head, attended, span.begin, end);
     }
-    measure_errors(run, head, index, attended, sample);
+    measure_errors(run, head, index, index * groups + group, sample);
     return sample;
   }
 
-  void measure_errors(std::size_t run, std::uint32_t head, std::size_t index,
-                      std::span<const TokenSpan> attended, HeadSample& sample) const {
+  bool attend(std::size_t run, std::uint32_t head, std::size_t set, std::span<float> out) const {
+    const std::span<const TokenSpan> attended = runs_[run].attended.spans(set);
+    const std::span<const TokenSpan> kept = runs_[run].attended.kept_spans(set);
+    if (kept.empty()) return exact_.attend(head, attended, out);
+    return exact_.attend_weighted(head, attended, kept_.weights(exact_, run, head, attended, kept),
+                                  out);
+  }
+
+  void measure_errors(std::size_t run, std::uint32_t head, std::size_t index, std::size_t set,
+                      HeadSample& sample) const {
     const std::size_t dim = trace_.manifest().model.value_dim;
     const std::span<const float> out =
         std::span(runs_[run].outs).subspan((index * heads_ + head) * dim, dim);
     std::vector<float> reference(dim);
     exact_.exact_out(head, reference);
     sample.output_error = relative_error(out, reference);
-    if (exact_.attend(head, attended, reference)) {
+    if (attend(run, head, set, reference)) {
       const std::vector<float>& alone =
           runs_[run].attended_outs.empty() ? runs_[run].outs : runs_[run].attended_outs;
       sample.attended_error =
@@ -151,6 +163,7 @@ class Measurement {
   WorkerPool& pool_;
   ExactAttention exact_;
   BestChoice best_;
+  KeptKeys kept_;
   std::size_t heads_;
   std::map<std::uint32_t, std::vector<std::vector<TokenSpan>>> best_spans_;
   std::vector<HeadSample> samples_;  ///< [runs, query heads] of the current step.

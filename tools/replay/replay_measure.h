@@ -47,8 +47,9 @@ struct QualityFigures {
   std::optional<double> evidence_recall;
   /// Against exact attention over everything: what the selection costs.
   std::optional<ErrorSummary> output_error;
-  /// Against exact attention over the attended tokens, from the trace's own bytes: what the runtime
-  /// got wrong. Rounding alone unless a block was lost, swapped or used twice.
+  /// Against exact attention over the attended tokens, from the trace's own bytes (and, where the
+  /// step attended keys that its selector keeps, with those): what the runtime got wrong. Rounding
+  /// alone unless a block was lost, swapped or used twice.
   std::optional<ErrorSummary> attended_error;
 };
 

@@ -281,6 +281,7 @@ Result<RunRecord> replay_run(RunSetup setup, Progress& progress) {
   RunRecord record;
   record.selector = setup.run->selector;
   record.budget = setup.run->budget.text();
+  record.factory = setup.run->factory;
   FaultCounts faults;
   std::unique_ptr<Link> link = make_memory_link();
   if (setup.inject) {

@@ -39,6 +39,7 @@ struct RunRecord {
 
   std::string selector;
   std::string budget;
+  SelectorFactory factory;  ///< Of the selector.
 
   // In the order of stepping: step by step, layer by layer within a step.
   AttendedSets attended;    ///< [steps, layers, head groups]
