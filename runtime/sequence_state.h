@@ -50,9 +50,9 @@ struct WorkItem {
 /// What a sequence owns. Private to runtime/; the behaviour is in sequence.cc (tokens come),
 /// truncate.cc (they are taken back), fork.cc (two sequences share them), saved_prefix.cc (they
 /// outlive the process), step.cc (a step is
-/// planned and concluded), predict.cc (what comes next is guessed), waves.cc (its blocks are fetched
-/// and attended), kept_keys.cc (keys that the selector keeps stand for those of blocks) and rest.cc
-/// (what is not attended is estimated).
+/// planned and concluded), predict.cc (what comes next is guessed), waves.cc (its blocks are
+/// fetched and attended), kept_keys.cc (keys that the selector keeps stand for those of blocks) and
+/// rest.cc (what is not attended is estimated).
 struct Sequence::State {
   Runtime::State& runtime;
   SequenceId id;
