@@ -166,7 +166,7 @@ def test_assisted_generation_records_what_was_accepted(tmp_path):
     model = llama()
     ids = prompt(1, 12).repeat(1, 3)  # Something to look up.
     with kvtier.transformers.record(model, tmp_path / "trace", layers=[0]) as recording:
-        text = generate(model, ids, new=20, prompt_lookup_num_tokens=4)
+        text = generate(model, ids, new=20, prompt_lookup_num_tokens=4, eos_token_id=2)
     tokens = read(tmp_path / "trace/tokens.safetensors")["token_ids"]
     assert recording.tokens >= 36 + 18
     known = min(len(tokens), text.shape[1])

@@ -103,7 +103,7 @@ class LayerRows:
         starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
         for start, end in zip(starts, [*starts[1:], len(rows)]):
             file.seek(int(rows[start]) * row_bytes)
-            taken = file.readinto(memoryview(out[start:end]).cast("B"))  # type: ignore[attr-defined]
+            taken = file.readinto(out[start:end].data.cast("B"))  # type: ignore[attr-defined]
             assert taken == (end - start) * row_bytes
         return out
 
