@@ -17,19 +17,10 @@ namespace kvtier {
 namespace HWY_NAMESPACE {
 namespace {
 
-/// Channels whose codes of one token lie in one word of 32 bits, at most; a row's padding.
-constexpr std::size_t kMostChannels = 16;
-/// At most eight lanes, so that a word of eight channels fills whole vectors.
+/// What a row may be written past its end: a vector of `ChannelTag`.
+constexpr std::size_t kPadding = kDimMultiple;
+/// At most eight lanes: what a row is padded for.
 using ChannelTag = hn::CappedTag<float, kDimMultiple>;
-
-/// How far the code of each channel of a line is shifted in the token's word: neighbouring channels
-/// lie in its two halves.
-struct CodeShifts {
-  explicit CodeShifts(const KeyCodes& codes) {
-    for (std::uint32_t c = 0; c < kMostChannels; ++c) bits[c] = 16 * (c % 2) + codes.bits * (c / 2);
-  }
-  alignas(64) std::uint32_t bits[kMostChannels];
-};
 
 template <typename T>
 void load_row(const std::byte* source, std::size_t dim, float* target) {
@@ -81,25 +72,31 @@ void read_typed(const KeyCodes& codes, const CodeLine* run, std::uint32_t first,
   const ChannelTag d;
   const hn::RebindToUnsigned<ChannelTag> du;
   const hn::RebindToSigned<ChannelTag> di;
-  alignas(64) float steps[KeyCodes::kDimMax + kMostChannels] = {};
-  alignas(64) float least[KeyCodes::kDimMax + kMostChannels] = {};
-  alignas(64) float row[KeyCodes::kDimMax + kMostChannels];
+  alignas(64) float steps[KeyCodes::kDimMax + kPadding] = {};
+  alignas(64) float least[KeyCodes::kDimMax + kPadding] = {};
+  alignas(64) float row[KeyCodes::kDimMax + kPadding];
+  // Each four of a token, from the low end of each byte up: one word of 32 bits.
+  alignas(64) std::uint32_t fours[KeyCodes::kDimMax / 4 + kPadding] = {};
   const std::byte* scales = run[KeyCodes::kRunTiles * codes.tile_lines()].bytes;
   load_row<T>(scales, codes.dim, steps);
   load_row<T>(scales + codes.dim * sizeof(T), codes.dim, least);
-  const CodeShifts shifts(codes);
   const auto mask = hn::Set(du, (1u << codes.bits) - 1);
-  const std::size_t channels = codes.channels_per_line();
+  const std::size_t quarter = codes.dim / 4;
+  const std::size_t fours_per_line = codes.channels_per_line() / 4;
   for (std::uint32_t token = first; token < first + count; ++token) {
     const CodeLine* tile = run + token / KeyCodes::kTileTokens * codes.tile_lines();
     const std::size_t place = token % KeyCodes::kTileTokens * sizeof(std::uint32_t);
-    for (std::size_t line = 0; line < codes.tile_lines(); ++line) {
+    for (std::size_t four = 0; four < quarter; ++four) {
       std::uint32_t word;
-      std::memcpy(&word, tile[line].bytes + place, sizeof(word));
-      for (std::size_t c = 0; c < channels; c += hn::Lanes(d)) {
-        const auto shifted = hn::Shr(hn::Set(du, word), hn::Load(du, shifts.bits + c));
+      std::memcpy(&word, tile[four / fours_per_line].bytes + place, sizeof(word));
+      fours[four] = word >> four % fours_per_line * codes.bits;
+    }
+    for (std::size_t byte = 0; byte < 4; ++byte) {
+      const int shift = static_cast<int>(8 * byte);
+      for (std::size_t four = 0; four < quarter; four += hn::Lanes(d)) {
+        const auto shifted = hn::ShiftRightSame(hn::Load(du, fours + four), shift);
         const auto code = hn::ConvertTo(d, hn::BitCast(di, hn::And(shifted, mask)));
-        const std::size_t channel = line * channels + c;
+        const std::size_t channel = byte * quarter + four;
         hn::StoreU(hn::MulAdd(hn::LoadU(d, steps + channel), code, hn::LoadU(d, least + channel)),
                    d, row + channel);
       }

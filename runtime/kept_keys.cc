@@ -40,6 +40,7 @@ void Sequence::State::want_whole_blocks() {
 // Points the ranges of items [begin, end), which are resident, to the selector's keys where those
 // are attended.
 void Sequence::State::read_kept_keys(LayerIndex layer, std::uint32_t begin, std::uint32_t end) {
+  if (!selectors[layer.value]->keeps_keys()) return;
   const std::size_t stride = runtime.layout.key_bytes();
   wanted_keys.clear();
   wanted_keys.reserve(work.size());
