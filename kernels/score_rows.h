@@ -70,9 +70,10 @@ void score_rows_reference(const SoftmaxOptions& softmax, const ScoreTask& task);
 /// before normalising (`kEmptyLse` and no change for an empty row). float32, float64 sum.
 float softmax_row(std::span<float> logits);
 
-/// target[c] = log of the sum over the rows of exp(logits[r * stride + c] - offsets[r]): how several
-/// queries' logits of one column become one, in logs. Every row has `target.size()` numbers, and
-/// what lies behind them up to a multiple of 16 is read and left alone. At least one row.
+/// target[c] = log of the sum over the rows of exp(logits[r * stride + c] - offsets[r]): how
+/// several queries' logits of one column become one, in logs. Every row has `target.size()`
+/// numbers, and what lies behind them up to a multiple of 16 is read and left alone. At least one
+/// row.
 void log_sum_exp_columns(const float* logits, std::size_t stride, std::span<const float> offsets,
                          std::span<float> target);
 

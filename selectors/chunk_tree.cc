@@ -116,8 +116,7 @@ class ChunkTree final : public FarSelector {
     return {};
   }
 
-  void search_group(const Question& question, std::uint32_t head_group,
-                    GroupSelection& selection) {
+  void search_group(const Question& question, std::uint32_t head_group, GroupSelection& selection) {
     const auto& [request, region, learns] = question;
     const std::uint32_t budget = far_budget_tokens(shape(), request);
     BoxSearch& search = searches_[head_group];

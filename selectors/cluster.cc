@@ -198,8 +198,9 @@ void Cluster::count_rest(const Call& call, std::uint32_t head_group) {
   std::fill_n(group.marks.begin(), step.region.end, std::uint8_t{0});
   for (std::uint32_t i = 0; i < selection.chosen; ++i) {
     const SelectedUnit& unit = selection.ranked[i];
-    std::fill_n(group.marks.begin() + unit.block.value * shape().tokens_per_block + unit.first_token,
-                unit.tokens, std::uint8_t{1});
+    std::fill_n(
+        group.marks.begin() + unit.block.value * shape().tokens_per_block + unit.first_token,
+        unit.tokens, std::uint8_t{1});
   }
   for (std::uint32_t c = 0; c < step.clusters; ++c) {
     const std::uint8_t* marks = group.marks.data() + index_.segment_begin(c);

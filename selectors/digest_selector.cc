@@ -188,8 +188,8 @@ void DigestSelector::select_group(const Step& step, std::uint32_t head_group) {
       .query_count = step.request.query_count,
       .left_out = {},
       .first = 0};
-  group.finite =
-      reduce_logits(shape(), logits, group.head_scores, std::span(group.scores.data(), step.groups));
+  group.finite = reduce_logits(shape(), logits, group.head_scores,
+                               std::span(group.scores.data(), step.groups));
   if (!group.finite) return;
   const std::span blocks(group.block_scores.data(),
                          block_count(step.region, shape().tokens_per_block));

@@ -67,9 +67,8 @@ class Hierarchical final : public FarSelector {
   /// With the largest last stage that a question can leave; the versions for going back are left
   /// out.
   std::size_t metadata_bytes() const override {
-    return keys_.bytes() +
-           groups_.size() * (keys_.count() / stages_.back().chunk_tokens) *
-               (sizeof(std::uint32_t) + sizeof(float));
+    return keys_.bytes() + groups_.size() * (keys_.count() / stages_.back().chunk_tokens) *
+                               (sizeof(std::uint32_t) + sizeof(float));
   }
 
  private:

@@ -11,8 +11,8 @@
 
 namespace kvtier {
 
-/// Every key of a layer, side by side per KV head: what selectors keep that score tokens by the keys
-/// themselves. Room for `SelectorShape::tokens_max` is taken when made. One thread at a time,
+/// Every key of a layer, side by side per KV head: what selectors keep that score tokens by the
+/// keys themselves. Room for `SelectorShape::tokens_max` is taken when made. One thread at a time,
 /// reading apart.
 class KeptKeys {
  public:

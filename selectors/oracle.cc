@@ -1,7 +1,7 @@
 #include "selectors/families.h"
 #include "selectors/far_selector.h"
-#include "selectors/rank_tokens.h"
 #include "selectors/kept_keys.h"
+#include "selectors/rank_tokens.h"
 #include "selectors/step_logits.h"
 
 #include <fmt/format.h>
