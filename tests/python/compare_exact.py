@@ -1,11 +1,12 @@
 """usage: compare_exact.py [MODEL_FOLDER] RESULTS.json [--groups 5] [--modes single,batch,...]
           compare_exact.py --table RESULTS.json
+Two processes take a file each and other --modes; `--merge OTHER.json` adds its results.
 
 Budget 100 % against the stock cache with a real model in float32: float32 blocks, a tenth of the KV
-on the device, three tenths in host memory, the rest on disk. Every mode forces the tokens of the
-stock model's own greedy text on both and compares all logits of 256 new tokens; so greedy text is
-the same wherever the largest logit is the same, and where it is not, the gap between the stock
-model's two largest is kept.
+on the device, three tenths in host memory, the rest on disk. Every mode makes the same forwards with
+both caches, forcing the stock model's own greedy text on them, and compares all logits of 256 new
+tokens; so greedy text is the same wherever the largest logit is the same, and where it is not, the
+gap between the stock model's two largest is kept.
 
 Groups of four prompts from the text of the shipped trace. Ends with 1 where a logit differs by more
 than 1e-4, or a largest logit whose lead was wider. Minutes per group and mode, so `ctest` runs it
@@ -39,28 +40,65 @@ DRAFT, ACCEPTED = 6, 4         # Tokens of a draft with the one before it; how m
 REORDER = 5                    # Steps from one reordering of beams to the next.
 
 
-class Comparison:
-    """Two models' logits, place by place."""
+class Both:
+    """The same forwards over the stock cache and over kvtier's, compared logit by logit.
 
-    def __init__(self):
-        self.largest, self.places, self.changed, self.gap = 0.0, 0, 0, 0.0
+    `alone` is what one forward over all tokens gives, where there is one: the stock cache's own
+    distance from it says what the order of float32 sums is worth.
+    """
 
-    def add(self, found, expected):
-        """[..., vocabulary] each."""
-        found = found.reshape(-1, found.shape[-1])
-        expected = expected.reshape(found.shape)
+    def __init__(self, model, tokens, folder, rows=1, alone=None):
+        self.model, self.alone = model, alone
+        self.stock = DynamicCache(config=model.config)
+        self.cache = tiered(model, tokens, folder, rows)
+        self.largest, self.noise, self.places, self.changed, self.gap = 0.0, 0.0, 0, 0, 0.0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.cache.close()
+
+    def read(self, ids, **more):
+        """Without a comparison: the prompt, which both compute in one forward."""
+        for cache in (self.stock, self.cache):
+            forward(self.model, ids, cache, **more)
+
+    def decode(self, ids, at, kept=None, **more):
+        """`ids` [rows, count] stand at position `at` of `alone`; the first `kept` are compared."""
+        expected, found = (
+            forward(self.model, ids, cache, **more)[:, :kept] for cache in (self.stock, self.cache)
+        )
+        self.largest = max(self.largest, difference(found, expected))
+        if self.alone is not None:
+            part = self.alone[:, at : at + expected.shape[1]]
+            self.noise = max(self.noise, difference(part, expected))
+        found, expected = (each.reshape(-1, each.shape[-1]) for each in (found, expected))
         self.places += found.shape[0]
-        self.largest = max(self.largest, (found - expected).abs().max().item())
         for row in (found.argmax(-1) != expected.argmax(-1)).nonzero().flatten():
             top = expected[row].topk(2).values
             self.changed += 1
             self.gap = max(self.gap, (top[0] - top[1]).item())
 
-    def result(self, cache, tokens):
-        moved = cache.stats()["runtime"]["disk_to_host_bytes"]
+    def keep(self, tokens):
+        for layer in self.stock.layers:
+            layer.keys, layer.values = layer.keys[:, :, :tokens], layer.values[:, :, :tokens]
+        self.cache.keep(tokens)
+
+    def reorder(self, rows):
+        self.stock.reorder_cache(rows)
+        self.cache.reorder_cache(rows)
+
+    def result(self, tokens):
+        moved = self.cache.stats()["runtime"]["disk_to_host_bytes"]
         assert moved > 0, "nothing was read from disk: the comparison is not what it says"
         return {"prompt_tokens": tokens, "places": self.places, "largest": self.largest,
-                "changed": self.changed, "gap_of_changed": self.gap, "disk_bytes": moved}
+                "noise": self.noise, "changed": self.changed, "gap_of_changed": self.gap,
+                "disk_bytes": moved}
+
+
+def difference(found, expected):
+    return (found - expected).abs().max().item()
 
 
 def forward(model, ids, cache, **more):
@@ -84,21 +122,18 @@ def greedy(model, prompts):
     return torch.cat(told, dim=1)
 
 
-def stock_logits(model, ids, tokens, **more):
-    """Behind each of the last NEW tokens."""
-    return forward(model, ids, DynamicCache(config=model.config), **more)[:, tokens:]
+def in_one_forward(model, ids, **more):
+    return forward(model, ids, DynamicCache(config=model.config), **more)
 
 
 def stepwise(model, ids, tokens, folder):
     """Rows of equal length, token by token."""
-    expected = stock_logits(model, ids, tokens)
-    seen = Comparison()
-    with tiered(model, ids.shape[1], folder, len(ids)) as cache:
-        forward(model, ids[:, :tokens], cache)
-        for place in range(NEW):
-            at = tokens + place
-            seen.add(forward(model, ids[:, at : at + 1], cache)[:, 0], expected[:, place])
-        return seen.result(cache, tokens)
+    alone = in_one_forward(model, ids)
+    with Both(model, ids.shape[1], folder, len(ids), alone) as both:
+        both.read(ids[:, :tokens])
+        for at in range(tokens, tokens + NEW):
+            both.decode(ids[:, at : at + 1], at)
+        return both.result(tokens)
 
 
 def padding(model, ids, tokens, folder):
@@ -106,68 +141,52 @@ def padding(model, ids, tokens, folder):
     for row, shorter in enumerate(SHORTER):
         mask[row, :shorter] = 0
     places = (mask.cumsum(-1) - 1).clamp_min(0)
-    expected = stock_logits(model, ids, tokens, attention_mask=mask, position_ids=places)
-    seen = Comparison()
-    with tiered(model, ids.shape[1], folder, len(ids)) as cache:
-        forward(model, ids[:, :tokens], cache, attention_mask=mask[:, :tokens],
-                position_ids=places[:, :tokens])
-        for place in range(NEW):
-            at = tokens + place
-            logits = forward(model, ids[:, at : at + 1], cache, attention_mask=mask[:, : at + 1],
-                             position_ids=places[:, at : at + 1])
-            seen.add(logits[:, 0], expected[:, place])
-        return seen.result(cache, tokens)
+    alone = in_one_forward(model, ids, attention_mask=mask, position_ids=places)
+    with Both(model, ids.shape[1], folder, len(ids), alone) as both:
+        both.read(ids[:, :tokens], attention_mask=mask[:, :tokens],
+                  position_ids=places[:, :tokens])
+        for at in range(tokens, tokens + NEW):
+            both.decode(ids[:, at : at + 1], at, attention_mask=mask[:, : at + 1],
+                        position_ids=places[:, at : at + 1])
+        return both.result(tokens)
 
 
 def turns(model, ids, tokens, folder):
     """Decodes, reads another turn in one forward, decodes on."""
     turn = trace_tokens()[:, -TURN_TOKENS:]
     ids = torch.cat([ids[:, : tokens + TURN], turn, ids[:, tokens + TURN :]], dim=1)
-    expected = forward(model, ids, DynamicCache(config=model.config))
-    seen = Comparison()
-    with tiered(model, ids.shape[1], folder) as cache:
-        forward(model, ids[:, :tokens], cache)
+    with Both(model, ids.shape[1], folder, alone=in_one_forward(model, ids)) as both:
+        both.read(ids[:, :tokens])
         at = tokens
         while at < ids.shape[1]:
             count = TURN_TOKENS if at == tokens + TURN else 1
-            seen.add(forward(model, ids[:, at : at + count], cache), expected[:, at : at + count])
+            both.decode(ids[:, at : at + count], at)
             at += count
-        return seen.result(cache, tokens)
+        return both.result(tokens)
 
 
 def assisted(model, ids, tokens, folder):
     """Drafts whose last tokens are wrong and are taken back, as assisted generation does it."""
-    expected = stock_logits(model, ids, tokens)
-    seen = Comparison()
-    with tiered(model, ids.shape[1], folder) as cache:
-        forward(model, ids[:, :tokens], cache)
-        for begin in range(0, NEW, ACCEPTED):
-            draft = ids[:, tokens + begin : tokens + begin + DRAFT].clone()
-            kept = min(ACCEPTED, NEW - begin)
-            draft[:, kept:] = 17
-            logits = forward(model, draft, cache)
-            seen.add(logits[:, :kept], expected[:, begin : begin + kept])
-            cache.keep(tokens + begin + kept)
-        return seen.result(cache, tokens)
+    with Both(model, ids.shape[1], folder, alone=in_one_forward(model, ids)) as both:
+        both.read(ids[:, :tokens])
+        for at in range(tokens, tokens + NEW, ACCEPTED):
+            draft = ids[:, at : at + DRAFT].clone()
+            draft[:, ACCEPTED:] = 17
+            both.decode(draft, at, ACCEPTED)
+            both.keep(at + ACCEPTED)
+        return both.result(tokens)
 
 
 def beams(model, ids, tokens, folder):
     """One prompt, four rows that say different things and change places."""
-    prompt = ids[:1, :tokens].expand(GROUP, -1)
     generator = torch.Generator().manual_seed(tokens)
-    seen = Comparison()
-    stock = DynamicCache(config=model.config)
-    forward(model, prompt, stock)
-    with tiered(model, ids.shape[1], folder, GROUP) as cache:
-        forward(model, prompt, cache)
-        for place in range(NEW):
-            if place % REORDER == REORDER - 1:
-                order = torch.randint(GROUP, (GROUP,), generator=generator)
-                stock.reorder_cache(order)
-                cache.reorder_cache(order)
-            said = ids[:, tokens + place : tokens + place + 1]
-            seen.add(forward(model, said, cache), forward(model, said, stock))
-        return seen.result(cache, tokens)
+    with Both(model, ids.shape[1], folder, GROUP) as both:
+        both.read(ids[:1, :tokens].expand(GROUP, -1))
+        for step, at in enumerate(range(tokens, tokens + NEW)):
+            if step % REORDER == REORDER - 1:
+                both.reorder(torch.randint(GROUP, (GROUP,), generator=generator))
+            both.decode(ids[:, at : at + 1], at)
+        return both.result(tokens)
 
 
 # Whether a mode takes a group of prompts, or each prompt by itself.
@@ -221,9 +240,9 @@ def exact(results):
 
 
 def table(results):
-    print("| mode | prompts | of tokens | logits compared at | largest difference | largest logit "
-          "elsewhere: places, widest gap of the stock model's top two |")
-    print("|---|---|---|---|---|---|")
+    print("| mode | prompts | of tokens | logits compared at | largest difference | the stock "
+          "cache against one forward | another largest logit at, widest lead |")
+    print("|---|---|---|---|---|---|---|")
     for mode, (_, together) in MODES.items():
         found = [v for k, v in results["found"].items() if k.split()[0] == mode]
         if not found:
@@ -232,10 +251,12 @@ def table(results):
         prompts = len(found) * (GROUP if together and mode != "beams" else 1)
         lengths = sorted({each["prompt_tokens"] for each in found})
         changed = sum(each["changed"] for each in found)
-        gap = f", {max(each['gap_of_changed'] for each in found):.1e}" if changed else ""
+        lead = f", {max(each['gap_of_changed'] for each in found):.1e}" if changed else ""
+        noise = max(each["noise"] for each in found)
         print(f"| {mode} | {prompts} | {lengths[0]} - {lengths[-1]} | "
               f"{sum(each['places'] for each in found)} | "
-              f"{max(each['largest'] for each in found):.1e} | {changed}{gap} |")
+              f"{max(each['largest'] for each in found):.1e} | "
+              f"{f'{noise:.1e}' if noise else ''} | {changed}{lead} |")
 
 
 def main():
@@ -246,6 +267,7 @@ def main():
     parser.add_argument("--modes", default=",".join(MODES))
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--merge", type=Path, action="append", default=[])
     choices = parser.parse_args()
     if not choices.table:
         choices.model = choices.model or os.environ.get("KVTIER_TEST_MODEL")
@@ -253,6 +275,8 @@ def main():
             sys.exit("skipped: no model; name a Hugging Face folder")
         run(choices)
     results = json.loads(choices.results.read_text())
+    for other in choices.merge:
+        results["found"].update(json.loads(other.read_text())["found"])
     table(results)
     sys.exit(0 if exact(results) else 1)
 
