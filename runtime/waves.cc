@@ -196,7 +196,6 @@ void Sequence::State::take_piece(std::uint32_t begin, std::uint32_t end, WaveFet
     runtime.map->hold(slot);
     item.held = true;
   }
-  ExtentId demanded;
   for (WorkItem& item : std::span(work).subspan(begin, end - begin)) {
     if (item.held) continue;
     item.held = true;
@@ -207,14 +206,14 @@ void Sequence::State::take_piece(std::uint32_t begin, std::uint32_t end, WaveFet
     }
     const std::optional<SlotId> slot = runtime.map->reserve(item.block);
     KVTIER_CHECK(slot.has_value(), "a slot was available and none is there");
+    const std::uint32_t reads = fetch.reads();
     const Tier tier = fetch.add({item.block, *slot});
     if (purpose != Purpose::kStep) continue;
     ++runtime.hits[static_cast<std::size_t>(tier)];
     const ExtentId extent = runtime.layout.extent_of(item.block);
     runtime.look_ahead->note_miss(extent);
-    if (tier != Tier::kDisk || extent == demanded) continue;
-    runtime.look_ahead->note_demand(extent);
-    demanded = extent;
+    // Blocks of one extent are one read.
+    if (tier == Tier::kDisk && fetch.reads() > reads) runtime.look_ahead->note_demand(extent);
   }
 }
 
