@@ -197,7 +197,6 @@ void Sequence::State::take_piece(std::uint32_t begin, std::uint32_t end, WaveFet
     runtime.map->hold(slot);
     item.held = true;
   }
-  ExtentId demanded;
   for (WorkItem& item : std::span(work).subspan(begin, end - begin)) {
     const SlotId present = runtime.map->find(item.block);
     if (!present.is_none() && !item.held) runtime.map->hold(present);
@@ -210,14 +209,14 @@ void Sequence::State::take_piece(std::uint32_t begin, std::uint32_t end, WaveFet
       KVTIER_CHECK(slot.has_value(), "a slot was available and none is there");
       miss.slot = *slot;
     }
+    const std::uint32_t reads = fetch.reads();
     const Tier tier = fetch.add(miss);
     if (purpose != Purpose::kStep) continue;
     ++runtime.hits[static_cast<std::size_t>(tier)];
     const ExtentId extent = runtime.layout.extent_of(item.block);
     runtime.look_ahead->note_miss(extent);
-    if (tier != Tier::kDisk || extent == demanded) continue;
-    runtime.look_ahead->note_demand(extent);
-    demanded = extent;
+    // Blocks of one extent are one read.
+    if (tier == Tier::kDisk && fetch.reads() > reads) runtime.look_ahead->note_demand(extent);
   }
 }
 
