@@ -10,7 +10,8 @@ namespace {
 
 // A saved selector: magic, version, payload checksum, then the payload: name, shape, state.
 constexpr std::uint64_t kMagic = 0x4c4553544b564b0au;  // In memory, little-endian: "\nKVKTSEL".
-constexpr std::uint32_t kVersion = 1;
+// 2: coded keys and 4-bit rows lie in tiles of bytes.
+constexpr std::uint32_t kVersion = 2;
 
 /// Field by field: a struct's padding is not equal when the struct is.
 void put_shape(StateWriter& writer, const SelectorShape& shape) {
